@@ -1,0 +1,1 @@
+"""From records to claims. Never imports torch."""

@@ -1,0 +1,1 @@
+"""What joins metrics and records to Lightning's hooks."""

@@ -1,0 +1,1 @@
+"""What is measured: one file is one metric is one name in the records."""
