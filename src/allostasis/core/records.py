@@ -77,7 +77,9 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]] | pa.Table, schema: p
     for field in schema:
         column = table.column(field.name)
         if field.name not in NULLABLE and column.null_count:
-            raise ValueError(f"{path.name}: column '{field.name}' has {column.null_count} empty rows")
+            raise ValueError(
+                f"{path.name}: column '{field.name}' has {column.null_count} empty rows"
+            )
         if pa.types.is_floating(field.type):
             finite = pa.compute.is_finite(column)
             if len(column) and not pa.compute.all(finite).as_py():

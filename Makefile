@@ -1,0 +1,56 @@
+# Every target that needs Python makes .venv first; a second call does not reinstall.
+PYTHON ?= python3
+TORCH  ?= 2.13.0
+BIN    := .venv/bin
+RUN    := $(BIN)/python -m allostasis
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all check format bench report study grokking
+
+help: ## list these targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: .venv/installed ## make .venv with everything this commit was tested with
+
+# torch first and alone: a plain `torch` would take the newest build with gigabytes of CUDA packages
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "allostasis needs Python 3.11 to 3.13, got $$($(PYTHON) --version); try make PYTHON=python3.12"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check numpy torch==$(TORCH) -c constraints.txt
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/installed ## quick grokking, both arms, and its report
+	$(RUN) +exp=grokking preset=quick -m condition=high_wd,no_wd seed=0
+	$(BIN)/python -m allostasis.report outputs/grokking
+
+grokking: .venv/installed ## the whole grokking design: both conditions, eight seeds (hours; ARGS=... adds overrides)
+	$(RUN) +exp=grokking -m $(ARGS)
+
+report: .venv/installed ## figures and claims for everything under outputs/
+	$(BIN)/python -m allostasis.report outputs
+
+study: .venv/installed ## go on with a recorded study: make study NAME=<folder under experiments/>
+	@test -n "$(NAME)" || { echo "say which: make study NAME=<one of>"; ls experiments; exit 2; }
+	cd experiments/$(NAME) && PATH="$(CURDIR)/$(BIN):$$PATH" sh run.sh
+
+test: .venv/installed ## the tests that take seconds
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not hub" $(ARGS)
+
+test-all: .venv/installed ## all tests that need no hub
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not hub" $(ARGS)
+
+check: .venv/installed ## lint, format, types, import contracts; repairs nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/installed ## repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed ## every speed claim, measured here
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,69 @@
+"""Run what a recorded study lacks, and keep each run's record as it finishes.
+
+    python experiments/study.py experiments/<study>
+
+A study's folder holds design.yaml (command, axes), registered before its first run. Finished runs
+lie under runs/ as run.json, config.yaml, claims.json, metrics.parquet and times.parquet; weights
+stay in the folder's own outputs/, which git ignores. An interrupted run goes on where it stopped.
+"""
+
+import argparse
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+KEPT = ("run.json", "config.yaml", "claims.json", "metrics.parquet", "times.parquet")
+
+
+def finished(folder: Path) -> dict[tuple[str, int], Path]:
+    """Finished runs below a folder, by condition and seed."""
+    done: dict[tuple[str, int], Path] = {}
+    for path in sorted(folder.rglob("run.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["status"] == "done":
+            done[content["condition"], content["seed"]] = path.parent
+    return done
+
+
+def keep(study: Path) -> None:
+    """Copy the records of finished runs from outputs/ to runs/."""
+    for source in finished(study / "outputs").values():
+        target = study / "runs" / source.relative_to(study / "outputs")
+        if not (target / "run.json").is_file():
+            target.mkdir(parents=True, exist_ok=True)
+            for name in KEPT:
+                shutil.copy2(source / name, target / name)
+
+
+def main() -> int:
+    """Do the study's missing runs one after another."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--only", nargs="*", default=[], help="conditions, e.g. --only high_wd")
+    options = parser.parse_args()
+    study: Path = options.study.resolve()
+    design = yaml.safe_load((study / "design.yaml").read_text(encoding="utf-8"))
+    conditions, seeds = design["conditions"], design["seeds"]
+    failed = 0
+    for seed, condition in itertools.product(seeds, conditions):
+        keep(study)
+        if (condition, seed) in finished(study / "runs"):
+            continue
+        if options.only and condition not in options.only:
+            continue
+        words = [f"exp={design['exp']}", f"condition={condition}", f"seed={seed}"]
+        words += design["overrides"] + conditions[condition]
+        failed += subprocess.call([sys.executable, "-m", "allostasis", *words], cwd=study) != 0
+    keep(study)
+    missing = set(itertools.product(conditions, seeds)) - set(finished(study / "runs"))
+    print(f"{len(missing)} of {len(conditions) * len(seeds)} runs are missing; {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

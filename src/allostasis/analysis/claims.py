@@ -1,0 +1,296 @@
+"""Claims as data: their schema, their files, and how they are frozen before a run."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+from omegaconf import OmegaConf
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from allostasis.analysis import summaries
+
+Direction = Literal["greater", "less", "inside", "outside"]
+Test = Literal["t", "permutation", "signflip", "bootstrap", "tost", "binomial"]
+Of = Literal[
+    "mean", "difference", "paired_difference", "log_ratio", "proportion", "unanimous",
+    "median_time", "kappa",
+]  # fmt: skip
+
+TESTS: dict[Of, tuple[Test, ...]] = {
+    "mean": ("t", "signflip", "bootstrap", "tost"),
+    "log_ratio": ("t", "signflip", "bootstrap", "tost"),
+    "paired_difference": ("t", "signflip", "bootstrap", "tost"),
+    "difference": ("t", "permutation", "tost"),
+    "proportion": ("binomial",),
+    "unanimous": ("binomial",),
+    "median_time": ("binomial",),
+    "kappa": ("t", "tost"),
+}
+
+
+class ClaimError(ValueError):
+    """A claims file that cannot be used; the message lists everything that is wrong with it."""
+
+
+class Part(BaseModel):
+    """A part of a claim: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Estimand(Part):
+    """What is estimated.
+
+    Attributes:
+        summary: One number a run, by a function of `analysis.summaries`.
+        of: How the runs' numbers become one. `log_ratio` with one arm takes the summary itself for
+            the ratio. `unanimous` is a proportion that only all seeds together can support.
+        unit: What counts as one observation.
+        split: Which data the metric was read on; weights have none.
+    """
+
+    summary: str
+    of: Of
+    unit: Literal["seed"] = "seed"
+    split: Literal["train", "test", "probe", "all"] | None = None
+
+    @field_validator("summary")
+    @classmethod
+    def _is_known(cls, text: str) -> str:
+        summaries.parse(text)
+        return text
+
+
+class Arms(Part):
+    """Conditions of the experiment; two arms are paired by seed."""
+
+    treatment: str
+    control: str | None = None
+
+
+class Select(Part):
+    """Columns of the records that pick one curve."""
+
+    metric: str
+    layer: int | None = None
+    head: int | None = None
+    position: int | None = None
+
+
+class Claim(Part):
+    """One sentence that a study can support, refute, or leave undecided.
+
+    An atom has an estimand, arms, a direction, a bound and a test. A compound has `all_of` instead:
+    it is supported where all of them are and refuted where any is.
+
+    Attributes:
+        id: The experiment document's number, else EXPERIMENT.slug.
+        alias: Another name that the documents use.
+        exp: The experiment, where a file holds claims of several.
+        source: Document and section; "own" for ours.
+        text: One sentence, as the source has it.
+        all_of: Ids of the atoms of a compound.
+        bound: A number; [low, high] for inside and outside. Never taken from data.
+        negligible: Distance from the bound that is nothing in practice.
+        test: `tost` asks for equality within the bounds and is answered by `equivalent`; any other
+            test of `inside` asks for a band and is answered by `supported`.
+        alpha: Two-sided level; one-sided tests use half, each side of `inside` uses all.
+        min_seeds: Fewer units than this decide nothing.
+        family: Claims that share one Holm correction.
+        requires: Claims without whose support this one is undecided.
+        settings: Config values, by dotted name, that the arms' runs must have.
+        exclusions: Which runs do not count, decided before the run.
+        confounds: What else would give the same result, with the arm that excludes it, or None.
+        lookup: Seeds may be added after looking; alpha is then split over the looks.
+        status: `published` as the source has it, `corrected` twin of such, or `own`.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.]*$")]
+    alias: str | None = None
+    exp: str | None = None
+    source: str
+    text: str
+    estimand: Estimand | None = None
+    arms: Arms | None = None
+    select: Select | None = None
+    all_of: tuple[str, ...] = ()
+    direction: Direction | None = None
+    bound: float | tuple[float, float] | None = None
+    negligible: Annotated[float, Field(gt=0)] | None = None
+    test: Test | None = None
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    min_seeds: Annotated[int, Field(ge=2)] = 5
+    family: str
+    requires: tuple[str, ...] = ()
+    settings: dict[str, bool | int | float | str | None] = {}
+    exclusions: str | None = None
+    confounds: dict[str, str | None] = {}
+    status: Literal["published", "corrected", "own"]
+
+    @field_validator("confounds", mode="before")
+    @classmethod
+    def _name_the_excluding_arm(cls, confounds: Any) -> Any:
+        """Read a list of `name` or `name: arm` as a mapping."""
+        if not isinstance(confounds, list):
+            return confounds
+        named: dict[str, str | None] = {}
+        for confound in confounds:
+            named |= confound if isinstance(confound, dict) else {confound: None}
+        return named
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Claim:
+        fields = ("estimand", "arms", "direction", "bound", "test")
+        there = [name for name in fields if getattr(self, name) is not None]
+        if self.all_of and there:
+            raise ValueError(f"a compound (`all_of`) has no {', '.join(there)}")
+        if not self.all_of and len(there) < len(fields):
+            missing = [name for name in fields if name not in there]
+            raise ValueError(f"a claim needs {', '.join(missing)}, or `all_of`")
+        if self.estimand is not None:
+            self._check_atom(self.estimand)
+        return self
+
+    def _check_atom(self, estimand: Estimand) -> None:
+        if self.test not in TESTS[estimand.of]:
+            allowed = ", ".join(TESTS[estimand.of])
+            raise ValueError(
+                f"test '{self.test}' does not fit of: {estimand.of}; allowed: {allowed}"
+            )
+        band = self.direction in {"inside", "outside"}
+        if band != isinstance(self.bound, tuple):
+            wanted = "[low, high]" if band else "a number"
+            raise ValueError(f"bound {self.bound} does not fit '{self.direction}': give {wanted}")
+        if isinstance(self.bound, tuple) and self.bound[0] >= self.bound[1]:
+            raise ValueError(f"bound {list(self.bound)}: the first is not below the second")
+        if self.test == "tost" and self.direction != "inside":
+            raise ValueError(
+                f"test 'tost' asks whether a value lies inside, not '{self.direction}'"
+            )
+        if summaries.parse(estimand.summary).reads_metric != (self.select is not None):
+            verb = "needs" if self.select is None else "reads the run and takes no"
+            raise ValueError(f"summary '{estimand.summary}' {verb} `select: {{metric: ...}}`")
+        needs_control = estimand.of in {"difference", "paired_difference"}
+        if needs_control and self.arms is not None and self.arms.control is None:
+            raise ValueError(f"of: {estimand.of} needs `arms: {{treatment: ..., control: ...}}`")
+
+
+class Frozen(TypedDict):
+    """Claims as they stand before a run.
+
+    Attributes:
+        text: Canonical JSON for claims.json: sorted keys, UTF-8, LF.
+        hash: sha256 of that text.
+        hashes: sha256 of each claim's own canonical JSON, by id.
+    """
+
+    text: str
+    hash: str
+    hashes: dict[str, str]
+
+
+def load(folder: Path, exp: str) -> list[Claim]:
+    """Read an experiment's claims.
+
+    Args:
+        folder: The experiment's package, which holds claims.yaml.
+        exp: The experiment; claims that name another one by `exp:` are left out.
+
+    Returns:
+        The claims in the file's order; none where there is no file.
+
+    Raises:
+        ClaimError: A claim is not valid; the message lists every problem in the file.
+    """
+    path = folder / "claims.yaml"
+    if not path.is_file():
+        return []
+    entries = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(entries, list):
+        raise ClaimError(f"{path}: expected a list of claims, got {type(entries).__name__}")
+    claims: list[Claim] = []
+    problems: list[str] = []
+    for number, entry in enumerate(entries):
+        try:
+            claims.append(Claim.model_validate(entry))
+        except ValidationError as error:
+            name = entry.get("id", f"number {number + 1}") if isinstance(entry, dict) else number
+            problems += [f"{name}: {_explain(problem)}" for problem in error.errors()]
+    problems += _cross_check(claims) if not problems else []
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise ClaimError(f"{path} has {count}:\n  " + "\n  ".join(problems))
+    return [claim for claim in claims if claim.exp in {None, exp}]
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic error as a line that names the nearest key."""
+    where = ".".join(str(word) for word in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, key = problem["loc"]
+        models: dict[Any, type[BaseModel]] = {"estimand": Estimand, "arms": Arms, "select": Select}
+        model = models.get(parents[-1], Claim) if parents else Claim
+        near = difflib.get_close_matches(str(key), model.model_fields, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(model.model_fields)}"
+        return f"{where}: no such key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict) else f"={problem['input']!r}"
+    return f"{where}{shown}: {message}" if where else message
+
+
+def _cross_check(claims: list[Claim]) -> list[str]:
+    ids = [claim.id for claim in claims]
+    problems = [
+        f"{name}: this id is used twice" for name in sorted({i for i in ids if ids.count(i) > 1})
+    ]
+    for claim in claims:
+        for name in (*claim.all_of, *claim.requires):
+            if name not in ids:
+                near = difflib.get_close_matches(name, ids, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else ""
+                problems.append(f"{claim.id}: names '{name}', which is no claim of this file{hint}")
+            elif name == claim.id:
+                problems.append(f"{claim.id}: names itself")
+    # one pass in file order must settle every claim
+    for position, claim in enumerate(claims):
+        later = set(ids[position + 1 :])
+        problems += [
+            f"{claim.id}: '{name}' stands after it; atoms and preconditions come first"
+            for name in (*claim.all_of, *claim.requires)
+            if name in later
+        ]
+    return problems
+
+
+def freeze(claims: list[Claim]) -> Frozen:
+    """Canonical JSON and hashes of claims, to be stored before the first training step.
+
+    A claim's hash covers everything that it says and nothing else, so that adding a claim later
+    leaves the others' hashes as they are.
+    """
+    contents = [claim.model_dump(mode="json", exclude_none=True) for claim in claims]
+    text = _canonical(contents)
+    return {
+        "text": text,
+        "hash": _sha256(text),
+        "hashes": {c.id: _sha256(_canonical(d)) for c, d in zip(claims, contents, strict=True)},
+    }
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

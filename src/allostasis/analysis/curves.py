@@ -1,0 +1,214 @@
+"""What a run recorded, as curves over its steps and as events."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from allostasis.core.records import RunRecord
+
+LOW, HIGH = 0.15, 0.85  # test accuracy at which the transition begins and ends
+MIN_POINTS = 5  # of a curve within the transition, for a rank correlation
+
+
+class UndefinedError(Exception):
+    """A run has no value of a summary; the message is the reason that the report prints."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric of one run over its recorded steps.
+
+    Attributes:
+        steps: Optimiser updates done, strictly increasing.
+        values: The metric's value at each.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def at(self, step: float) -> float:
+        """Value at a step, linear between records.
+
+        Raises:
+            UndefinedError: The step lies outside the recorded ones.
+        """
+        if not self.steps[0] <= step <= self.steps[-1]:
+            raise UndefinedError(
+                f"step {step:g} lies outside the recorded {self.steps[0]} to {self.steps[-1]}"
+            )
+        return float(np.interp(step, self.steps, self.values))
+
+    def rises_through(self, level: float) -> float | None:
+        """First step at which the curve reaches `level`, linear between records, or None."""
+        above = np.flatnonzero(self.values >= level)
+        if not len(above):
+            return None
+        first = above[0]
+        if first == 0:
+            return float(self.steps[0])
+        return _between(self, int(first) - 1, level)
+
+
+def _between(curve: Curve, left: int, level: float) -> float:
+    """Step between records `left` and `left + 1` at which the curve passes `level`."""
+    (s0, s1), (v0, v1) = curve.steps[left : left + 2], curve.values[left : left + 2]
+    return float(s0 + (s1 - s0) * (level - v0) / (v1 - v0))
+
+
+class RunView:
+    """A run as analysis sees it: its arm, its events, its curves.
+
+    Args:
+        record: The run as it lies on disk; its tables are read when first asked for.
+    """
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+        self.run = record.run
+        self.run_id: str = record.run["run_id"]
+        self.exp: str = record.run["exp"]
+        self.condition: str = record.run["condition"]
+        self.seed: int = record.run["seed"]
+        self.status: str = record.run["status"]
+
+    @property
+    def summary(self) -> Mapping[str, object]:
+        """What the experiment wrote when the run ended."""
+        return self.run.get("summary") or {}
+
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ended; an event that has not come is censored here."""
+        steps = self.summary.get("steps")
+        return int(steps) if isinstance(steps, int) else int(self._rows["step"].max())
+
+    @cached_property
+    def _rows(self) -> pd.DataFrame:
+        columns = ["step", "split", "metric", "layer", "head", "position", "value"]
+        path = self.record.folder / "metrics.parquet"
+        table = pq.read_table(path, columns=columns, read_dictionary=["split", "metric"])
+        return table.to_pandas()  # a missing layer, head or position is NaN here
+
+    @cached_property
+    def _rows_of(self) -> dict[str, np.ndarray]:
+        groups = self._rows.groupby("metric", observed=True).indices
+        return {str(name): rows for name, rows in groups.items()}
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names in the record's `metric` column, sorted."""
+        return sorted(self._rows_of)
+
+    def table(self, metric: str, *, split: str | None = None) -> pd.DataFrame:
+        """Rows of one metric and split.
+
+        Args:
+            metric: Name in the `metric` column.
+            split: Which data; ignored where the metric reads weights and so has no split.
+
+        Returns:
+            Columns step, layer, head, position, value; empty where nothing was recorded.
+        """
+        rows = self._rows.iloc[self._rows_of.get(metric, np.array([], dtype=int))]
+        if split is not None:
+            rows = rows[(rows["split"] == split) | rows["split"].isna()]
+        return rows
+
+    def curve(self, metric: str, *, split: str | None = None, **index: int | None) -> Curve:
+        """One metric as a curve.
+
+        Args:
+            metric: Name in the `metric` column.
+            split: Which data; see `table`.
+            **index: layer, head or position, where the metric is recorded by them.
+
+        Raises:
+            UndefinedError: The run has no such rows.
+            ValueError: A step has more than one row, so that something is left to choose.
+        """
+        rows = self.table(metric, split=split)
+        for column, wanted in index.items():
+            if wanted is not None:
+                rows = rows[rows[column] == wanted]
+        if rows.empty:
+            where = "" if split is None else f" on split '{split}'"
+            raise UndefinedError(f"{metric} was not recorded{where}")
+        rows = rows.sort_values("step", kind="stable")
+        if rows["step"].duplicated().any():
+            columns = ("split", "layer", "head", "position")
+            open_columns = [c for c in columns if rows[c].nunique(dropna=False) > 1]
+            raise ValueError(
+                f"{self.run_id}: {metric} has several rows a step; "
+                f"select one by {', '.join(open_columns) or 'a rerun: its rows repeat'}"
+            )
+        return Curve(rows["step"].to_numpy(np.int64), rows["value"].to_numpy(np.float64))
+
+    def event(self, name: str) -> float | None:
+        """Step of an event, or None where it has not come.
+
+        Args:
+            name: One of the summary's `t_...`, or `t_low`, `t_high`: the ends of the transition.
+        """
+        if name in {"t_low", "t_high"}:
+            ends = self._transition
+            return None if ends is None else ends[name == "t_high"]
+        if name not in self.summary:
+            raise UndefinedError(f"run.json's summary has no event '{name}'")
+        step = self.summary[name]
+        return float(step) if isinstance(step, int | float) else None
+
+    def at_event(self, name: str) -> float:
+        """Step of an event that must have come.
+
+        Raises:
+            UndefinedError: It has not.
+        """
+        step = self.event(name)
+        if step is None:
+            raise UndefinedError(f"{name} was not reached by step {self.last_step}")
+        return step
+
+    @cached_property
+    def _transition(self) -> tuple[float, float] | None:
+        """Steps at which test accuracy leaves 15 % for the last time before it first reaches 85 %."""
+        accuracy = self.curve("accuracy", split="test")
+        end = accuracy.rises_through(HIGH)
+        if end is None:
+            return None
+        below = np.flatnonzero((accuracy.values < LOW) & (accuracy.steps < end))
+        start = float(accuracy.steps[0]) if not len(below) else _between(accuracy, below[-1], LOW)
+        return start, end
+
+    def velocities(self, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+        """Velocities of test accuracy and of a curve over the transition, on a uniform grid.
+
+        The grid is as coarse as the coarsest cadence in the window; both are linear between records.
+
+        Raises:
+            UndefinedError: There is no transition, or it holds too few points.
+        """
+        start, end = self.at_event("t_low"), self.at_event("t_high")
+        accuracy, values, steps = self.beside_accuracy(curve)
+        inside = np.flatnonzero((steps[1:] > start) & (steps[:-1] < end))
+        grid = np.arange(start, end, np.diff(steps)[inside].max())
+        if len(grid) < MIN_POINTS:
+            raise UndefinedError(
+                f"the transition holds {len(grid)} points of a uniform grid, under {MIN_POINTS}"
+            )
+        on_grid = (np.interp(grid, steps, series) for series in (accuracy, values))
+        first, second = (np.gradient(series) for series in on_grid)
+        return first, second
+
+    def beside_accuracy(self, curve: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Test accuracy and a curve at the steps that both have, and these steps."""
+        accuracy = self.curve("accuracy", split="test")
+        steps, left, right = np.intersect1d(
+            accuracy.steps, curve.steps, assume_unique=True, return_indices=True
+        )
+        return accuracy.values[left], curve.values[right], steps

@@ -1,0 +1,243 @@
+"""One number a run: what a claim can name as its `summary`.
+
+A claim writes `final`, `at_step(t_mem)` or `log_change(t_low, t_high)`; the name is the function's
+here (a dot is an underscore), the words in brackets are its last arguments. A function whose first
+parameter is `curve` reads the metric that the claim selects; the others read the run. Events are
+those of run.json's summary (`t_mem`, `t_clean`, `t_grok`, `t_loss`) and `t_low`, `t_high`: where
+test accuracy passes 15 % and 85 %. Every function returns a float, a `Time` or a pair for a ratio,
+and raises `UndefinedError` with the reason where the run has none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from allostasis.analysis.curves import HIGH, LOW, MIN_POINTS, Curve, RunView, UndefinedError
+
+FINAL_SHARE = 0.05  # of the steps, at the end
+READ = ("curve", "run")  # parameters that the records fill; a claim's words fill the others
+
+
+@dataclass(frozen=True)
+class Time:
+    """A time to an event; right-censored where the run ended before the event came."""
+
+    step: float
+    censored: bool
+
+
+def final(curve: Curve, run: RunView) -> float:
+    """Mean over the last 5 % of steps, by trapezoids, so that cadence does not weigh in."""
+    start = curve.steps[-1] * (1 - FINAL_SHARE)
+    late = curve.steps >= start
+    steps, values = curve.steps[late], curve.values[late]
+    if len(steps) == 1:
+        return float(values[0])
+    return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+
+
+def peak(curve: Curve, run: RunView) -> float:
+    """Highest recorded value."""
+    return float(curve.values.max())
+
+
+def auc(curve: Curve, run: RunView) -> float:
+    """Mean over all steps, by trapezoids."""
+    return float(np.trapezoid(curve.values, curve.steps) / (curve.steps[-1] - curve.steps[0]))
+
+
+def at_step(curve: Curve, run: RunView, when: str) -> float:
+    """Value at an event or at a step number, linear between records."""
+    return curve.at(float(when) if when.isdigit() else run.at_event(when))
+
+
+def crossing(curve: Curve, run: RunView, level: str) -> float:
+    """First step at which the curve reaches a level, linear between records."""
+    step = curve.rises_through(float(level))
+    if step is None:
+        raise UndefinedError(f"{level} was not reached by step {run.last_step}")
+    return step
+
+
+def final_over(curve: Curve, run: RunView, when: str) -> float:
+    """`final` as a multiple of the value at an event."""
+    return final(curve, run) / at_step(curve, run, when)
+
+
+def final_over_metric(curve: Curve, run: RunView, metric: str) -> float:
+    """`final` as a multiple of another metric's `final` in the same run."""
+    return final(curve, run) / final(run.curve(metric), run)
+
+
+def change(curve: Curve, run: RunView, start: str, end: str) -> float:
+    """Value at the second event minus value at the first."""
+    return at_step(curve, run, end) - at_step(curve, run, start)
+
+
+def log_change(curve: Curve, run: RunView, start: str, end: str) -> float:
+    """Change of the natural logarithm from the first event to the second."""
+    first, last = at_step(curve, run, start), at_step(curve, run, end)
+    if min(first, last) <= 0:
+        raise UndefinedError(f"logarithm of {min(first, last):.3g}, which is not positive")
+    return float(np.log(last / first))
+
+
+def rises(curve: Curve, run: RunView, start: str, end: str) -> float:
+    """1 where the value is higher at the second event than at the first, else 0."""
+    return float(change(curve, run, start, end) > 0)
+
+
+def falls(curve: Curve, run: RunView, start: str, end: str) -> float:
+    """1 where the value is lower at the second event than at the first, else 0."""
+    return float(change(curve, run, start, end) < 0)
+
+
+def peaks_before(curve: Curve, run: RunView, event: str) -> float:
+    """1 where the highest recorded value lies strictly before an event, else 0."""
+    return float(curve.steps[int(curve.values.argmax())] < run.at_event(event))
+
+
+def time_to(run: RunView, event: str) -> Time:
+    """Step of an event; censored at the run's last step where it has not come."""
+    step = run.event(event)
+    return Time(run.last_step, censored=True) if step is None else Time(step, censored=False)
+
+
+def reached(run: RunView, event: str) -> float:
+    """1 where the event came by the end of the run, else 0."""
+    return float(run.event(event) is not None)
+
+
+def not_reached(run: RunView, event: str) -> float:
+    """1 where the run ended before the event came (it is censored), else 0."""
+    return 1 - reached(run, event)
+
+
+def precedes(run: RunView, first: str, second: str) -> float:
+    """1 where the first event came strictly before the second, which may still be to come."""
+    steps = run.event(first), run.event(second)
+    if steps == (None, None):
+        raise UndefinedError(f"neither {first} nor {second} was reached by step {run.last_step}")
+    earlier, later = (np.inf if step is None else step for step in steps)
+    return float(earlier < later)
+
+
+def transition_width(run: RunView) -> float:
+    """(Step at 85 % test accuracy - step at 15 %) / t_grok."""
+    return (run.at_event("t_high") - run.at_event("t_low")) / run.at_event("t_grok")
+
+
+def spearman_velocity_published(curve: Curve, run: RunView) -> float:
+    """Spearman correlation of the velocities of test accuracy and of the metric, as published.
+
+    `np.gradient` of both without the steps' spacing, where 15 % < accuracy < 85 %. It changes with
+    the recording cadence, and its own p-value takes samples of a smooth curve for independent.
+    """
+    accuracy, values, _ = run.beside_accuracy(curve)
+    inside = (accuracy > LOW) & (accuracy < HIGH)
+    return _spearman(np.gradient(accuracy)[inside], np.gradient(values)[inside])
+
+
+def spearman_velocity_uniform(curve: Curve, run: RunView) -> float:
+    """The same on a uniform grid of steps, as coarse as the coarsest cadence in the window."""
+    return _spearman(*run.velocities(curve))
+
+
+def handover(run: RunView) -> float:
+    """1 where amplitude hands over to alignment around the transition, else 0.
+
+    On the training pairs, all of which are right by then: the logit scale peaks before t_grok, is
+    lower at 85 % test accuracy than at 15 %, and mean log alignment is higher.
+    """
+    scale = run.curve("logit_scale", split="train")
+    alignment = run.curve("log_margin.alignment", split="train")
+    return (
+        peaks_before(scale, run, "t_grok")
+        * falls(scale, run, "t_low", "t_high")
+        * rises(alignment, run, "t_low", "t_high")
+    )
+
+
+def scale_for_alignment(run: RunView, start: str, end: str) -> tuple[float, float]:
+    """Loss of mean log logit scale and gain of mean log alignment between two events.
+
+    On the training pairs, nearly all of which have a positive margin at both.
+
+    Returns:
+        (-change of log A, change of log G): numerator and denominator of kappa.
+    """
+    scale = run.curve("log_margin.scale", split="train")
+    alignment = run.curve("log_margin.alignment", split="train")
+    return -change(scale, run, start, end), change(alignment, run, start, end)
+
+
+def _spearman(left: np.ndarray, right: np.ndarray) -> float:
+    if len(left) < MIN_POINTS:
+        raise UndefinedError(f"the transition holds {len(left)} records, under {MIN_POINTS}")
+    if np.ptp(left) == 0 or np.ptp(right) == 0:
+        raise UndefinedError("a velocity is constant over the transition, so it has no ranks")
+    return float(spearmanr(left, right).statistic)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A claim's summary, parsed.
+
+    Attributes:
+        function: The function of this module that it names.
+        arguments: The words in its brackets.
+    """
+
+    function: Callable[..., float | Time | tuple[float, float]]
+    arguments: tuple[str, ...]
+
+    @property
+    def reads_metric(self) -> bool:
+        """Whether it needs a metric to be selected."""
+        return "curve" in inspect.signature(self.function).parameters
+
+    def __call__(self, run: RunView, curve: Curve | None) -> float | Time | tuple[float, float]:
+        """Reduce one run."""
+        first: tuple[Any, ...] = (curve, run) if self.reads_metric else (run,)
+        return self.function(*first, *self.arguments)
+
+
+def names() -> list[str]:
+    """Every summary that a claim can name: this module's functions of a curve or a run."""
+    functions = ((n, f) for n, f in globals().items() if inspect.isfunction(f))
+    return [n for n, f in functions if next(iter(inspect.signature(f).parameters), "") in READ]
+
+
+def parse(text: str) -> Summary:
+    """Read a summary as a claim writes it.
+
+    Raises:
+        ValueError: It is not written `name` or `name(word, word)`, no function has that name, or
+            the number of words is wrong.
+
+    Example:
+        >>> parse("log_change(t_low, t_high)").arguments
+        ('t_low', 't_high')
+    """
+    match = re.fullmatch(r"([a-z_.]+)(?:\(([^()]*)\))?", text.strip())
+    if match is None:
+        raise ValueError(f"summary '{text}' is not written name or name(word, word)")
+    name, words = match[1].replace(".", "_"), match[2]
+    if name not in names():
+        raise ValueError(f"no summary is called '{match[1]}'; there are {', '.join(names())}")
+    function = globals()[name]
+    arguments = () if words is None else tuple(word.strip() for word in words.split(","))
+    wanted = [p for p in inspect.signature(function).parameters if p not in READ]
+    if len(arguments) != len(wanted):
+        raise ValueError(
+            f"summary '{text}' has {len(arguments)} words in brackets; "
+            f"'{match[1]}' takes {len(wanted)}: {', '.join(wanted) or 'none'}"
+        )
+    return Summary(function, arguments)

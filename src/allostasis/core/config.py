@@ -1,0 +1,139 @@
+"""What every run is told, which run that makes it, and where its files lie."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+BLOCKS = ("task", "model", "module", "metrics", "trainer", "logger")
+"""Fields that name something to build: their keys are the signature of their `_target_`."""
+
+NOT_IDENTITY = ("logger", "force", "threads", "gates", "allow", "conditions", "hydra")
+"""Fields without a say in what is computed, beside the seed and the device."""
+
+NOT_IDENTITY_OF_TRAINER = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
+
+
+@dataclass
+class RunConfig:
+    """The top level of every config.
+
+    Attributes:
+        name: The experiment; the first folder under outputs/.
+        seed: All randomness of the run derives from it.
+        condition: The arm of the design: one of `conditions`.
+        conditions: What sets the arms apart, side by side.
+        device: `auto`, `cpu`, `cuda`, `cuda:<index>` or `mps`.
+        stages: What to do: `fit`, `test` or both.
+        force: Whether to repeat a run that is finished.
+        threads: CPU threads of torch; null leaves the choice to the run.
+        gates: Whether to check the instrument before the run, as `preset=full` does.
+        allow_inert: Whether an arm whose intervention changes nothing may run, labelled `inert`.
+        allow: Packages beside allostasis and lightning that a `_target_` may come from.
+        task: The data.
+        model: What is trained or looked at.
+        module: What happens in a step.
+        metrics: What is recorded, and how often.
+        trainer: Lightning's Trainer.
+        logger: Where a dashboard finds the run; our own records do not depend on it.
+    """
+
+    name: str = ""
+    seed: Annotated[int, Ge(0)] = 0
+    condition: str = "default"
+    conditions: dict[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+    stages: list[str] = field(default_factory=lambda: ["fit", "test"])
+    force: bool = False
+    threads: Annotated[int, Ge(1)] | None = None
+    gates: bool = False
+    allow_inert: bool = False
+    allow: list[str] = field(default_factory=list)
+    task: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    module: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+
+
+def conf_dir() -> Path:
+    """The folder of configs: inside the package once installed, else the checkout's."""
+    package = Path(__file__).resolve().parents[1]
+    folders = (package / "conf", package.parents[1] / "conf")
+    return next(folder for folder in folders if (folder / "config.yaml").is_file())
+
+
+def register() -> None:
+    """Tell Hydra the schema of a config and OmegaConf the resolver `${run_folder:}`."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    schema = OmegaConf.structured(RunConfig)
+    for block in (*BLOCKS, "conditions"):
+        OmegaConf.set_struct(schema[block], False)  # their keys are checked against signatures
+    ConfigStore.instance().store(name="run_config", node=schema)
+    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+
+
+def config_hash(cfg: DictConfig, *, without: tuple[str, ...] = ()) -> str:
+    """Twelve hex digits that two runs share if they compute the same but for seed and device.
+
+    Taken over the resolved config with seed and device blanked, so that `task.seed: ${seed}` does
+    not tell seeds apart. Left out: logger, force, threads, allow, the table of other conditions
+    and what the trainer shows on its way.
+
+    Args:
+        cfg: A composed config, with or without its `hydra` part.
+        without: Further top-level fields to leave out.
+    """
+    from omegaconf import OmegaConf, flag_override
+
+    blank = copy.deepcopy(cfg)
+    with flag_override(blank, ["struct", "readonly"], [False, False]):
+        blank.seed, blank.device = 0, "auto"
+        settings = {
+            key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            for key, value in blank.items_ex(resolve=True)
+            if key not in (*NOT_IDENTITY, *without)
+        }
+    for key in NOT_IDENTITY_OF_TRAINER:
+        settings["trainer"].pop(key, None)
+    text = json.dumps(_plain(settings), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """Where a run lies: outputs/<exp>/<condition>/seed=<n>/<device>-<hash>, from where one stands."""
+    device = cfg.device.replace(":", "")
+    arm = Path("outputs", cfg.name, cfg.condition)
+    return arm / f"seed={cfg.seed}" / f"{device}-{config_hash(cfg)}"
+
+
+def _run_folder(*, _root_: DictConfig) -> str:
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return run_folder(_root_).as_posix()
+    except OmegaConfBaseException:
+        return "invalid"  # Hydra asks before validate has had its say, and shows a traceback
+
+
+def _plain(value: Any) -> Any:
+    """Settings with one spelling for one number: 1.0 and 1 are the same."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value

@@ -1,0 +1,310 @@
+"""The LightningModule of `grokking`: full-batch modular addition with decoupled weight decay."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import lightning as L
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from allostasis.experiments.grokking.phases import Phases
+from allostasis.metrics.base import Snapshot
+from allostasis.metrics.key_frequencies import key_frequencies
+from allostasis.models.modular_transformer import Engine, ModularTransformer
+from allostasis.tasks.modular_addition import ModularAddition, Pairs
+
+Optimiser = Literal["adamw", "adam_l2"]
+
+
+class Grokking(L.LightningModule):
+    """Full-batch modular addition with weight decay.
+
+    One `training_step` does `chunk` updates, so that Lightning's own cost is paid once a chunk;
+    `updates` counts updates and is the `step` of all records.
+
+    Args:
+        model: The model to train.
+        task: The pairs; evaluations and the probe come from it.
+        max_steps: Updates after which a run ends.
+        chunk: Updates between two looks at the probe.
+        lr: Learning rate.
+        weight_decay: Decay coefficient; `adamw` decouples it from the gradient.
+        betas: Adam's moment decay rates.
+        warmup_steps: Updates over which the learning rate rises linearly.
+        optimiser: `adamw`, or `adam_l2`: decay added to the gradient, as a predecessor's script did,
+            which at weight decay 1 cannot leave a loss of ln(p + 1).
+        engine: `structured` computes only what '=' reads; `naive` all three positions.
+        stop_after_grok: Updates after t_grok at which a run ends; null goes on to max_steps.
+        eval_every: Updates between evaluations on all pairs; a multiple of `chunk`.
+        grok_accuracy: Test accuracy from which a run counts as generalising.
+        dwell: Evaluations for which a phase's condition must hold.
+
+    Raises:
+        ValueError: eval_every is no multiple of chunk.
+    """
+
+    offers = frozenset({
+        "logits", "labels", "classes", "params", "before", "grads", "grid_logits", "train_pairs",
+    })  # fmt: skip
+    hindsight = frozenset({"key_frequencies"})
+
+    def __init__(
+        self,
+        *,
+        model: ModularTransformer,
+        task: ModularAddition,
+        max_steps: Annotated[int, Gt(0)] = 50_000,
+        chunk: Annotated[int, Gt(0)] = 10,
+        lr: Annotated[float, Gt(0)] = 1e-3,
+        weight_decay: Annotated[float, Ge(0)] = 1.0,
+        betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.98),
+        warmup_steps: Annotated[int, Ge(0)] = 10,
+        optimiser: Optimiser = "adamw",
+        engine: Engine = "structured",
+        stop_after_grok: Annotated[int, Gt(0)] | None = 10_000,
+        eval_every: Annotated[int, Gt(0)] = 50,
+        grok_accuracy: Annotated[float, Gt(0), Le(1)] = 0.95,
+        dwell: Annotated[int, Ge(1)] = 5,
+    ) -> None:
+        super().__init__()
+        if eval_every % chunk:
+            raise ValueError(f"{eval_every=} is no multiple of {chunk=}")
+        self.automatic_optimization = False
+        self.model, self.task = model, task
+        self.max_steps, self.chunk, self.eval_every = max_steps, chunk, eval_every
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
+        self.warmup_steps, self.optimiser, self.engine = warmup_steps, optimiser, engine
+        self.stop_after_grok = stop_after_grok
+        self.phases = Phases(grok_accuracy=grok_accuracy, dwell=dwell)
+        self.updates = 0
+        self.key_frequencies: tuple[int, ...] | None = None
+        self._before: dict[str, Tensor] = {}
+        self._candidates: dict[str, tuple[int, dict[str, Tensor]]] = {}
+        self._milestones: dict[int, dict[str, Tensor]] = {}
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: Pairs, batch_idx: int) -> None:
+        """Do the next chunk of updates."""
+        del batch_idx
+        optimiser = self.optimizers()
+        self._before = _copy(dict(self.model.named_parameters()))
+        for _ in range(min(self.chunk, self.max_steps - self.updates)):
+            rate = self.lr * min(1.0, (self.updates + 1) / max(1, self.warmup_steps))
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.zero_grad()
+            self.manual_backward(self.model.loss(batch, engine=self.engine))
+            optimiser.step()
+            self.updates += 1
+
+    def on_train_batch_end(self, *_: object) -> None:
+        """Stop once no further update is wanted; runs after all callbacks."""
+        self.trainer.should_stop = self.is_finished
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Fused AdamW, or Adam with the decay in its gradient."""
+        return self._optimiser(self.model, self.weight_decay)
+
+    def _optimiser(self, model: ModularTransformer, decay: float) -> torch.optim.Optimizer:
+        kind = {"adamw": torch.optim.AdamW, "adam_l2": torch.optim.Adam}[self.optimiser]
+        return kind(
+            model.parameters(), lr=self.lr, weight_decay=decay, betas=self.betas, fused=True
+        )
+
+    @property
+    def last_step(self) -> int:
+        """The update after which the run ends, as far as is known: max_steps, or earlier."""
+        grokked = self.phases.times["t_grok"]
+        if grokked is not None and self.stop_after_grok is not None:
+            return min(self.max_steps, grokked + self.stop_after_grok)
+        return self.max_steps
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no further update is wanted."""
+        return self.updates >= self.last_step
+
+    def prove_effect(self) -> dict[str, float]:
+        """Show before training that the arm's treatment acts and its loss has a gradient.
+
+        Two copies do one update, with and without weight decay.
+
+        Returns:
+            `gradient_norm` of the loss at step 0 and `weight_decay_change`, the largest change of
+            a parameter that the decay makes in one update (0 by construction without decay).
+
+        Raises:
+            RuntimeError: The loss has no gradient, or the decay changes nothing.
+        """
+        ends: list[dict[str, Tensor]] = []
+        norm = 0.0
+        for decay in (self.weight_decay, 0.0):
+            twin = copy.deepcopy(self.model)
+            optimiser = self._optimiser(twin, decay)
+            twin.loss(self.task.train.to(self.device), engine=self.engine).backward()
+            grads = [
+                p.grad.double().square().sum() for p in twin.parameters() if p.grad is not None
+            ]
+            norm = float(torch.stack(grads).sum().sqrt())
+            optimiser.step()
+            ends.append({name: p.detach() for name, p in twin.named_parameters()})
+        change = max(float((ends[0][k] - ends[1][k]).abs().max()) for k in ends[0])
+        if norm <= 1e-8:
+            raise RuntimeError(
+                f"the loss has a gradient of norm {norm:.1e} at step 0; it cannot train"
+            )
+        if self.weight_decay and change <= 0:
+            raise RuntimeError(
+                f"weight_decay={self.weight_decay} changes no parameter; it is inert"
+            )
+        return {"gradient_norm": norm, "weight_decay_change": change}
+
+    # ------------------------------------------------------------------ what recorders see
+
+    @torch.no_grad()
+    def probe_accuracy(self) -> float:
+        """Accuracy on the probe, a fixed part of the held-out pairs."""
+        probe = self.task.probe.to(self.device)
+        hits = self.model.logits(probe).argmax(dim=-1) == probe.answer
+        return float(hits.double().mean())
+
+    @torch.no_grad()
+    def snapshots(self, hooks: Sequence[str], *, full: bool) -> Iterator[Snapshot]:
+        """Train and test pairs; with `full` also the probe, the whole grid and the weights."""
+        grid = self.model.grid_logits()
+        weights = self.model.weights()
+        for split, pairs in (("train", self.task.train), ("test", self.task.test)):
+            yield self._logits_snapshot(split, pairs.to(self.device), grid)
+        if not full:
+            return
+        probe = self.task.probe.to(self.device)
+        _, cache = self.model.run_with_cache(probe.tokens, names_filter=list(hooks))
+        yield Snapshot(
+            step=self.updates,
+            split="probe",
+            classes=probe.answer,
+            n_classes=self.task.p,
+            acts=dict(cache),
+            weights=weights,
+            readout=2,
+            normalised_sites=self.model.normalised_sites,
+        )
+        yield Snapshot(
+            step=self.updates,
+            split="all",
+            grid_logits=grid[..., : self.task.p],
+            train_pairs=self._train_mask(),
+        )
+        grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        yield Snapshot(
+            step=self.updates, split=None, weights=weights, before=self._before, grads=grads
+        )
+
+    def _logits_snapshot(
+        self, split: str, pairs: Pairs, grid: Float[Tensor, "p p d_vocab"]
+    ) -> Snapshot:
+        return Snapshot(
+            step=self.updates,
+            split=split,
+            logits=grid[pairs.a, pairs.b],
+            labels=pairs.answer,
+            classes=pairs.answer,
+            n_classes=self.task.p,
+            weights=self.model.weights(),
+            ceiling={"": 1.0},
+            floor=0.0,
+        )
+
+    def _train_mask(self) -> Bool[Tensor, "p p"]:
+        train = self.task.train.to(self.device)
+        mask = torch.zeros(self.task.p, self.task.p, dtype=torch.bool, device=self.device)
+        mask[train.a, train.b] = True
+        return mask
+
+    def evaluated(self, readings: Mapping[tuple[str, str | None], float]) -> None:
+        """Follow the phases; keep the weights at which one may have begun."""
+        changes = self.phases.update(
+            self.updates,
+            train_accuracy=readings["accuracy", "train"],
+            test_accuracy=readings["accuracy", "test"],
+            test_loss=readings["cross_entropy", "test"],
+        )
+        for name, change in changes.items():
+            if change == "lost":
+                del self._candidates[name]
+                continue
+            if name not in self._candidates:
+                self._candidates[name] = (self.updates, _copy(self.model.state_dict()))
+            if change == "confirmed":
+                step, weights = self._candidates.pop(name)
+                self._milestones[step] = weights
+
+    def milestones(self) -> dict[int, dict[str, Tensor]]:
+        """Weights at t_mem, t_clean and t_grok, by step, each handed out once."""
+        due, self._milestones = self._milestones, {}
+        return due
+
+    @torch.no_grad()
+    def hindsight_snapshots(self, weights: Mapping[str, Tensor], step: int) -> Iterator[Snapshot]:
+        """The grid of earlier weights, with the frequencies that the run ended with."""
+        if self.key_frequencies is None:
+            self.key_frequencies = key_frequencies(self.model.grid_logits()[..., : self.task.p])
+        earlier = copy.deepcopy(self.model)
+        earlier.load_state_dict(dict(weights))
+        yield Snapshot(
+            step=step,
+            split="all",
+            grid_logits=earlier.grid_logits()[..., : self.task.p],
+            train_pairs=self._train_mask(),
+            key_frequencies=self.key_frequencies,
+        )
+
+    @torch.no_grad()
+    def test_step(self, batch: Pairs, batch_idx: int) -> dict[str, Any]:
+        """The held-out pairs under the final weights, for the table of single examples."""
+        del batch_idx
+        return {"snapshot": self._logits_snapshot("test", batch, self.model.grid_logits())}
+
+    def data(self) -> dict[str, Any]:
+        """Which pairs the run used, so that two runs can prove that theirs were the same."""
+        sets = {"train": self.task.train, "test": self.task.test, "probe": self.task.probe}
+        return {name: {"n": len(pairs), "sha256": pairs.sha256} for name, pairs in sets.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """The run in scalars: which phases came when, and where it is censored if they did not."""
+        times = self.phases.times
+        return {
+            "steps": self.updates,
+            "grokked": times["t_grok"] is not None,
+            **times,
+            "censored_at": self.updates if times["t_grok"] is None else None,
+            "key_frequencies": list(self.key_frequencies or ()),
+        }
+
+    # ------------------------------------------------------------------ survival
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what decides the rest of the run beside weights and optimiser."""
+        checkpoint["grokking"] = {
+            "updates": self.updates,
+            "phases": self.phases.state_dict(),
+            "before": self._before,
+            "candidates": {name: list(value) for name, value in self._candidates.items()},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up where `on_save_checkpoint` left off."""
+        state = checkpoint["grokking"]
+        self.updates, self._before = state["updates"], state["before"]
+        self.phases.load_state_dict(state["phases"])
+        self._candidates = {name: (step, w) for name, (step, w) in state["candidates"].items()}
+
+
+def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,56 @@
+"""Accuracy (Psi): how often the largest logit is the true answer's."""
+
+from jaxtyping import Bool, Int, Float
+from torch import Tensor
+
+from allostasis.metrics.base import GAUGES, Metric, Snapshot, given, invariant
+
+
+def accuracy(
+    logits: Float[Tensor, "batch vocab"], labels: Int[Tensor, " batch"]
+) -> Bool[Tensor, " batch"]:
+    """Whether each example is answered correctly.
+
+    1[argmax_v l_v = y]
+
+    Args:
+        logits: Logits at the readout position.
+        labels: The true answers.
+
+    Returns:
+        True where the answer is right. The mean is in [0, 1]; up is better.
+
+    Source:
+        Standard.
+
+    Example:
+        >>> import torch
+        >>> accuracy(torch.eye(3), torch.tensor([0, 1, 1])).float().mean().item()
+        0.6666667
+    """
+    return logits.argmax(dim=-1) == labels
+
+
+class Accuracy(Metric):
+    """Accuracy at the readout position.
+
+    Parts:
+        over_ceiling: Accuracy divided by the best that any model can reach on the task.
+    """
+
+    symbol = "Psi"
+    unit = "1"
+    needs = ("logits", "labels")
+    parts = ("over_ceiling",)
+    audit_key = "psi_accuracy"
+    scale_law = invariant(*GAUGES, "logit_scale", "logit_shift")
+    direction = "up is better; 1: every answer is right"
+    source = "Standard"
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Add the examples of a snapshot."""
+        logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
+        value, n = accuracy(logits, labels).double().mean(), len(labels)
+        self.add(value, n=n)
+        if "" in snapshot.ceiling:
+            self.add(value / snapshot.ceiling[""], n=n, part="over_ceiling")

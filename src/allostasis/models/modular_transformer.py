@@ -1,0 +1,246 @@
+"""Grokking's model: one layer without norms, with a three-position and an exact short forward."""
+
+import math
+from typing import Annotated, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from annotated_types import Gt
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+
+from allostasis.core.seeding import derive
+from allostasis.core.spaces import LayerWeights, Weights
+from allostasis.models.lens import HookedRootModule, HookPoint
+
+Engine = Literal["structured", "naive"]
+
+
+@runtime_checkable
+class Pairs(Protocol):
+    """What the model asks of a batch of questions 'a op b ='."""
+
+    @property
+    def a(self) -> Int64[Tensor, " pair"]:
+        """Left operand, 0 to p - 1."""
+        ...
+
+    @property
+    def b(self) -> Int64[Tensor, " pair"]:
+        """Right operand, 0 to p - 1."""
+        ...
+
+    @property
+    def answer(self) -> Int64[Tensor, " pair"]:
+        """The label, 0 to p - 1."""
+        ...
+
+
+class Streams(NamedTuple):
+    """The residual stream at '=', between attention and MLP, and after the MLP."""
+
+    resid_mid: Float[Tensor, "pair d_model"]
+    resid_post: Float[Tensor, "pair d_model"]
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_z = HookPoint()
+
+
+class _MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp = _Attention(), _MLP()
+        self.hook_resid_pre, self.hook_resid_mid = HookPoint(), HookPoint()
+        self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
+        self.hook_resid_post = HookPoint()
+
+
+class ModularTransformer(HookedRootModule):
+    """One-layer causal transformer for [a, b, =], read at '='.
+
+    No norms, no attention biases, ReLU, learned positions, an untied unembedding without bias onto
+    p + 1 outputs. Weights are drawn on the CPU from the seed's `init` randomness, in float32, in
+    the order W_E, W_pos, W_Q, W_K, W_V, W_O, W_in, W_out, W_U: N(0, 1) / sqrt(d_model), and
+    N(0, 1) / sqrt(p + 1) for W_U. Biases start at zero.
+
+    `forward` computes all three positions with TransformerLens's hook points. `loss` and `logits`
+    take the structured way by default, which computes only what '=' reads and has no hook points.
+
+    Args:
+        seed: The run's seed.
+        p: The modulus. Tokens 0 to p - 1 are numbers, p is '='.
+        d_model: Width of the residual stream.
+        n_heads: Heads, each of width d_model / n_heads.
+        d_mlp: Neurons.
+
+    Raises:
+        ValueError: The heads do not divide d_model.
+
+    Source:
+        Nanda et al. (2023), Progress measures for grokking via mechanistic interpretability, ICLR.
+
+    Example:
+        >>> model = ModularTransformer(seed=0)
+        >>> sum(parameter.numel() for parameter in model.parameters())
+        226816
+        >>> model(torch.tensor([[3, 4, 113]])).shape
+        torch.Size([1, 3, 114])
+    """
+
+    normalised_sites: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        p: Annotated[int, Gt(2)] = 113,
+        d_model: Annotated[int, Gt(0)] = 128,
+        n_heads: Annotated[int, Gt(0)] = 4,
+        d_mlp: Annotated[int, Gt(0)] = 512,
+    ) -> None:
+        super().__init__()
+        if d_model % n_heads:
+            raise ValueError(
+                f"d_model={d_model} cannot be shared among n_heads={n_heads} heads evenly; "
+                f"make d_model a multiple of n_heads"
+            )
+        self.p, self.d_model, self.n_heads, self.d_mlp = p, d_model, n_heads, d_mlp
+        self.d_head = d_model // n_heads
+        generator = torch.Generator().manual_seed(derive(seed, "init"))
+
+        def draw(*shape: int, fan: int = d_model) -> nn.Parameter:
+            normal = torch.randn(shape, generator=generator, dtype=torch.float32)
+            return nn.Parameter(normal / math.sqrt(fan))
+
+        self.W_E = draw(p + 1, d_model)
+        self.W_pos = draw(3, d_model)
+        self.W_Q = draw(n_heads, d_model, self.d_head)
+        self.W_K = draw(n_heads, d_model, self.d_head)
+        self.W_V = draw(n_heads, d_model, self.d_head)
+        self.W_O = draw(n_heads, self.d_head, d_model)
+        self.W_in = draw(d_model, d_mlp)
+        self.b_in = nn.Parameter(torch.zeros(d_mlp))
+        self.W_out = draw(d_mlp, d_model)
+        self.b_out = nn.Parameter(torch.zeros(d_model))
+        self.W_U = draw(d_model, p + 1, fan=p + 1)
+
+        self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
+        self.blocks = nn.ModuleList([_Block()])
+        self.setup()
+
+    def forward(self, tokens: Int64[Tensor, "pair 3"]) -> Float[Tensor, "pair 3 d_vocab"]:
+        """Logits at every position, computed as TransformerLens does, with its hook points."""
+        block = self.blocks[0]
+        assert isinstance(block, _Block)
+        attn, mlp = block.attn, block.mlp
+        embed = self.hook_embed(self.W_E[tokens])
+        position = self.hook_pos_embed(self.W_pos.expand_as(embed))
+        resid_pre = block.hook_resid_pre(embed + position)
+
+        q = attn.hook_q(torch.einsum("nsd,hdk->nshk", resid_pre, self.W_Q))
+        k = attn.hook_k(torch.einsum("nsd,hdk->nshk", resid_pre, self.W_K))
+        v = attn.hook_v(torch.einsum("nsd,hdk->nshk", resid_pre, self.W_V))
+        scores = torch.einsum("nqhk,nshk->nhqs", q, k) / math.sqrt(self.d_head)
+        future = torch.ones(3, 3, dtype=torch.bool, device=scores.device).triu(1)
+        scores = attn.hook_attn_scores(scores.masked_fill(future, -torch.inf))
+        pattern = attn.hook_pattern(scores.softmax(dim=-1))
+        z = attn.hook_z(torch.einsum("nhqs,nshk->nqhk", pattern, v))
+        attn_out = block.hook_attn_out(torch.einsum("nqhk,hkd->nqd", z, self.W_O))
+
+        resid_mid = block.hook_resid_mid(resid_pre + attn_out)
+        pre = mlp.hook_pre(resid_mid @ self.W_in + self.b_in)
+        mlp_out = block.hook_mlp_out(mlp.hook_post(pre.relu()) @ self.W_out + self.b_out)
+        resid_post = block.hook_resid_post(resid_mid + mlp_out)
+        return resid_post @ self.W_U
+
+    def streams(self, a: Int64[Tensor, " pair"], b: Int64[Tensor, " pair"]) -> Streams:
+        """The residual stream at '=', without computing the other two positions.
+
+        The query at '=' is the same for all pairs, so each head's scores and values are tables of
+        p rows for a, p rows for b and one for '='; a pair mixes three rows with three weights.
+        """
+        numbers, equals = self.W_E[: self.p], self.W_E[self.p] + self.W_pos[2]
+        sources = torch.cat((numbers + self.W_pos[0], numbers + self.W_pos[1], equals[None]))
+        q = torch.einsum("d,hdk->hk", equals, self.W_Q) / math.sqrt(self.d_head)
+        score = sources @ torch.einsum("hdk,hk->dh", self.W_K, q)
+        value = torch.einsum("td,hdk->thk", sources, self.W_V)
+        read = torch.stack((a, b + self.p, torch.full_like(a, 2 * self.p)))
+        pattern = score[read].softmax(dim=0)
+        z = (pattern[..., None] * value[read]).sum(dim=0)
+
+        resid_mid = equals + z.flatten(1) @ self.W_O.flatten(0, 1)
+        mlp_out = (resid_mid @ self.W_in + self.b_in).relu() @ self.W_out + self.b_out
+        return Streams(resid_mid, resid_mid + mlp_out)
+
+    def loss(self, pairs: Pairs, *, engine: Engine = "structured") -> Float64[Tensor, ""]:
+        """Mean cross-entropy at '=' over all p + 1 outputs, in nats, ready for `backward`.
+
+        Args:
+            pairs: The batch.
+            engine: `structured` computes '=' only; `naive` all positions, through the hook points.
+
+        Raises:
+            ValueError: A hook is attached, which the structured engine would never call.
+        """
+        if engine == "naive":
+            equals = torch.full_like(pairs.a, self.p)
+            logits = self(torch.stack((pairs.a, pairs.b, equals), dim=1))[:, -1]
+        else:
+            self._refuse_hooks()
+            logits = self.streams(pairs.a, pairs.b).resid_post @ self.W_U
+        return cross_entropy(logits, pairs.answer)
+
+    @torch.no_grad()
+    def logits(self, pairs: Pairs) -> Float[Tensor, "pair d_vocab"]:
+        """Logits at '=', without gradients."""
+        return self.streams(pairs.a, pairs.b).resid_post @ self.W_U
+
+    @torch.no_grad()
+    def grid_logits(self) -> Float[Tensor, "p p d_vocab"]:
+        """Logits at '=' for every pair, by a and b, without gradients."""
+        grid = torch.cartesian_prod(*2 * (torch.arange(self.p, device=self.W_E.device),))
+        return (self.streams(*grid.T).resid_post @ self.W_U).unflatten(0, (self.p, self.p))
+
+    def _refuse_hooks(self) -> None:
+        hooked = [name for name, point in self.hook_dict.items() if point.has_hooks()]
+        if hooked:
+            raise ValueError(
+                f"hooks at {', '.join(hooked)} would never be called: the structured engine has no "
+                f"hook points; take engine=naive, or remove the hooks"
+            )
+
+    def weights(self) -> Weights:
+        """The parameters themselves, not copies, as metrics see them."""
+        return Weights(
+            layers=(LayerWeights(W_Q=self.W_Q, W_K=self.W_K, W_V=self.W_V, W_O=self.W_O),),
+            W_U=self.W_U,
+            final_gain=None,
+            named=dict(self.named_parameters()),
+            groups={
+                "embed": ("W_E", "W_pos"),
+                "qk": ("W_Q", "W_K"),
+                "ov": ("W_V", "W_O"),
+                "mlp": ("W_in", "b_in", "W_out", "b_out"),
+                "unembed": ("W_U",),
+            },
+        )
+
+
+def cross_entropy(
+    logits: Float[Tensor, "pair d_vocab"], answer: Int64[Tensor, " pair"]
+) -> Float64[Tensor, ""]:
+    """Mean cross-entropy with the log-softmax in float64, in nats.
+
+    In float32 a confident pair's loss underflows to 0, and with it its gradient.
+    """
+    return nn.functional.cross_entropy(logits.double(), answer)

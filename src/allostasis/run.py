@@ -1,0 +1,163 @@
+"""One run, from a checked config to closed records."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from filelock import FileLock, Timeout
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from allostasis import instrument
+from allostasis.analysis import claims
+from allostasis.callbacks import loggers
+from allostasis.callbacks.cadence import Plan
+from allostasis.callbacks.checkpoints import Checkpoints
+from allostasis.callbacks.progress import Progress
+from allostasis.callbacks.recorder import Identity, Recorder
+from allostasis.core import audit, devices
+from allostasis.core.config import config_hash
+from allostasis.core.interrupt import Interrupted, interruptible
+from allostasis.core.provenance import RunFile, Status
+from allostasis.core.records import read_run, write_atomically, write_json
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Do one run, or go on with it where an interrupted one stopped.
+
+    Args:
+        cfg: A config that `core.validate` found good.
+        folder: The run's folder; what an unfinished run left there is taken up.
+
+    Returns:
+        Content of run.json.
+
+    Raises:
+        Interrupted: By Ctrl-C or SIGTERM; the same command resumes the run.
+        RuntimeError: Another process is at work in the folder.
+        ValueError: The device is not there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(f"{folder}: another process is at work on this run") from None
+    with lock, interruptible():
+        if cfg.force:
+            _clear(folder)
+        file = RunFile(folder)
+        identity = _open(cfg, folder, file)
+        status: Status = "failed"
+        facts: dict[str, Any] = {}
+        error: BaseException | None = None
+        logger = None
+        try:
+            logger = loggers.build(cfg.logger, identity=identity, folder=folder)
+            facts, status = _work(cfg, folder, file, identity, logger)
+        except Interrupted as exception:
+            status, error = "interrupted", exception
+            raise
+        except Exception as exception:
+            error = exception
+            raise
+        finally:
+            file.finish(status, facts, error)
+            loggers.close(logger, exit_code=int(status != "done"))
+        return file.content
+
+
+def _open(cfg: DictConfig, folder: Path, file: RunFile) -> Identity:
+    """Write run.json, config.yaml and claims.json: everything that is fixed before a run."""
+    digest = config_hash(cfg)
+    device_word = str(cfg.device).replace(":", "")
+    identity = Identity(
+        run_id=f"{cfg.name}-{cfg.condition}-{cfg.seed}-{device_word}-{digest}",
+        exp=cfg.name,
+        condition=cfg.condition,
+        seed=cfg.seed,
+        device=cfg.device,
+    )
+    registered = claims.freeze(claims.load(_experiment(cfg), cfg.name))
+    threads = file.content.get("threads") or cfg.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    file.start({
+        **vars(identity),
+        "config_hash": digest,
+        "claims_hash": registered["hash"],
+        "claims": registered["hashes"],
+        "threads": threads,
+    })
+    OmegaConf.resolve(cfg)
+    write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(cfg, path))
+    write_atomically(folder / "claims.json", lambda path: path.write_text(registered["text"], "utf-8"))
+    return identity
+
+
+def _work(
+    cfg: DictConfig, folder: Path, file: RunFile, identity: Identity, logger: Any
+) -> tuple[dict[str, Any], Status]:
+    """Build everything, train and test, close the tables."""
+    device = devices.resolve(cfg.device)
+    facts: dict[str, Any] = {"device_resolved": device.name, "device_name": device.model}
+    if cfg.gates:
+        facts["gates"] = {gate.name: vars(gate) for gate in instrument.run_gates()}
+
+    L.seed_everything(cfg.seed, verbose=False)
+    task = instantiate(cfg.task)
+    module = instantiate(cfg.module, model=instantiate(cfg.model), task=task, _convert_="all")
+    plan: Plan = instantiate(cfg.metrics, _convert_="all")
+    recorder = Recorder(
+        folder=folder, identity=identity, plan=plan, eval_every=cfg.module.eval_every
+    )
+    checkpoints = Checkpoints(folder=folder, every=plan.checkpoint_every)
+    trainer = L.Trainer(
+        **OmegaConf.to_container(cfg.trainer),
+        accelerator=device.accelerator,
+        devices=device.devices,
+        default_root_dir=folder,
+        logger=logger or False,
+        callbacks=[recorder, checkpoints, Progress(identity=identity, recorder=recorder)],
+    )
+    resume = checkpoints.resume_path if checkpoints.resume_path.is_file() else None
+    if resume is None:
+        facts["effect"] = module.to(device.torch).prove_effect()
+    if "fit" in cfg.stages:
+        trainer.fit(module, datamodule=task, ckpt_path=resume)
+    if "test" in cfg.stages:
+        trainer.test(module, datamodule=task, verbose=False)
+
+    facts |= recorder.close()
+    facts["checkpoints"] = {str(step): sha for step, sha in sorted(checkpoints.sha256.items())}
+    facts["summary"] = module.summary()
+    facts["data"] = module.data()
+    record = read_run(folder)
+    seen = {**file.content, **facts, "wall_s": file.elapsed()}
+    write_json(folder / "audit.json", audit.view(seen, record.metrics, record.times))
+    checkpoints.resume_path.unlink(missing_ok=True)
+    recorder.discard_parts()
+    verified = all(gate["passed"] for gate in facts.get("gates", {}).values())
+    return facts, "done" if verified else "failed_verification"
+
+
+def _experiment(cfg: DictConfig) -> Path:
+    """The folder of an experiment: where the module that its config names lies."""
+    package = cfg.module["_target_"].rpartition(".")[0].rpartition(".")[0]
+    return Path(importlib.import_module(package).__path__[0])
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier run's files; Hydra's own, which belong to this one, stay."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name in {".hydra", "run.log"}:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

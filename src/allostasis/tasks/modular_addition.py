@@ -1,0 +1,176 @@
+"""Modular addition: every pair of numbers below p, a fixed split, the answer read at '='."""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Literal, NamedTuple
+
+import lightning as L
+import torch
+from annotated_types import Gt, Lt
+from jaxtyping import Int64
+from torch import Tensor
+
+from allostasis.core.seeding import derive
+
+Part = Literal["train", "test", "probe", "all"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Questions 'a op b =' and their answers, in the order of (a, b).
+
+    Attributes:
+        a: Left operand, 0 to p - 1.
+        b: Right operand, 0 to p - 1.
+        answer: The label, 0 to p - 1.
+        p: The modulus, which is also the '=' token.
+    """
+
+    a: Int64[Tensor, " pair"]
+    b: Int64[Tensor, " pair"]
+    answer: Int64[Tensor, " pair"]
+    p: int
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    @cached_property
+    def tokens(self) -> Int64[Tensor, "pair 3"]:
+        """The questions as a model reads them: a, b, '='. The answer is not among them."""
+        return torch.stack((self.a, self.b, torch.full_like(self.a, self.p)), dim=1)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the operands, so that two runs can prove that they used the same pairs."""
+        operands = torch.stack((self.a, self.b)).cpu().numpy().astype("<i8")
+        return hashlib.sha256(operands.tobytes()).hexdigest()
+
+    def to(self, device: torch.device | str) -> "Pairs":
+        """The same pairs on a device; this very object where they are there already."""
+        if self.a.device == torch.device(device):
+            return self
+        return Pairs(
+            a=self.a.to(device), b=self.b.to(device), answer=self.answer.to(device), p=self.p
+        )
+
+
+class Ceiling(NamedTuple):
+    """The best that any predictor can reach.
+
+    Attributes:
+        accuracy: Share of pairs answered rightly, in [0, 1].
+        cross_entropy: Nats a pair, at least 0.
+    """
+
+    accuracy: float
+    cross_entropy: float
+
+
+class FullBatch:
+    """A loader whose every batch is the same pairs: no sampler, no worker, no random draw."""
+
+    def __init__(self, pairs: Pairs, *, times: int | None) -> None:
+        self.pairs, self.times = pairs, times
+
+    def __iter__(self) -> Iterator[Pairs]:
+        if self.times is None:
+            return itertools.repeat(self.pairs)
+        return itertools.repeat(self.pairs, self.times)
+
+
+class ModularAddition(L.LightningDataModule):
+    """All p^2 ordered pairs, split once and for all by the seed.
+
+    The pairs are permuted with the seed's `data` randomness; the first floor(train_frac p^2) are
+    for training, the others for the test. The probe is a fixed part of the test pairs, drawn with
+    the seed's `probe` randomness. Within each set the pairs are sorted by (a, b).
+
+    Args:
+        seed: The run's seed.
+        p: The modulus. Tokens 0 to p - 1 are numbers, p is '='.
+        train_frac: Share of the pairs that are trained on.
+        probe_size: How many test pairs the probe holds.
+        op: `add`: the answer is (a + b) mod p. `subtract`: it is (a - b) mod p.
+
+    Raises:
+        ValueError: A set would be empty, or the probe larger than the test set.
+
+    Example:
+        >>> task = ModularAddition(seed=0)
+        >>> len(task.train), len(task.test), len(task.probe), len(task.all)
+        (3830, 8939, 512, 12769)
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        p: Annotated[int, Gt(2)] = 113,
+        train_frac: Annotated[float, Gt(0), Lt(1)] = 0.3,
+        probe_size: Annotated[int, Gt(0)] = 512,
+        op: Literal["add", "subtract"] = "add",
+    ) -> None:
+        super().__init__()
+        self.p, self.op = p, op
+        n_pairs, n_train = p * p, math.floor(train_frac * p * p)
+        n_test = n_pairs - n_train
+        if n_train < 1:
+            raise ValueError(
+                f"train_frac={train_frac} of the {n_pairs} pairs at p={p} leaves none to train on; "
+                f"set train_frac to at least {1 / n_pairs:.2g}"
+            )
+        if probe_size > n_test:
+            raise ValueError(
+                f"probe_size={probe_size} is more than the {n_test} test pairs that p={p} and "
+                f"train_frac={train_frac} leave; set probe_size to 1 to {n_test}"
+            )
+        order = torch.randperm(n_pairs, generator=_generator(seed, "data"))
+        chosen = torch.randperm(n_test, generator=_generator(seed, "probe"))[:probe_size]
+        self.train = self._pairs(order[:n_train])
+        self.test = self._pairs(order[n_train:])
+        self.probe = self._pairs(order[n_train:][chosen])
+        self.all = self._pairs(order)
+        self._moved: dict[tuple[Pairs, torch.device], Pairs] = {}
+
+    def _pairs(self, index: Int64[Tensor, " pair"]) -> Pairs:
+        index = index.sort().values
+        a, b = index // self.p, index % self.p
+        answer = a + b if self.op == "add" else a - b
+        return Pairs(a=a, b=b, answer=answer % self.p, p=self.p)
+
+    def train_dataloader(self) -> FullBatch:
+        """Every batch is the whole training set, without end: the module counts the updates."""
+        return FullBatch(self.train, times=None)
+
+    def test_dataloader(self) -> FullBatch:
+        """One batch: the whole test set."""
+        return FullBatch(self.test, times=1)
+
+    def transfer_batch_to_device(
+        self, batch: Pairs, device: torch.device, dataloader_idx: int
+    ) -> Pairs:
+        """Move a set of pairs once, and hand out the moved one from then on."""
+        del dataloader_idx
+        if (batch, device) not in self._moved:
+            self._moved[batch, device] = batch.to(device)
+        return self._moved[batch, device]
+
+    def ceiling(self, part: Part) -> Ceiling:
+        """What a predictor that knows the rule reaches on a set: every answer follows from (a, b).
+
+        Args:
+            part: The set, for the caller's sake: all have the same ceiling.
+
+        Returns:
+            Accuracy 1 and cross-entropy 0 nats.
+        """
+        del part
+        return Ceiling(accuracy=1.0, cross_entropy=0.0)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(derive(seed, name))
