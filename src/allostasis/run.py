@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from allostasis import instrument
+
 from allostasis.analysis import claims
 from allostasis.callbacks import loggers
 from allostasis.callbacks.cadence import Plan
@@ -107,6 +107,8 @@ def _work(
     device = devices.resolve(cfg.device)
     facts: dict[str, Any] = {"device_resolved": device.name, "device_name": device.model}
     if cfg.gates:
+        from allostasis import instrument
+
         facts["gates"] = {gate.name: vars(gate) for gate in instrument.run_gates()}
 
     L.seed_everything(cfg.seed, verbose=False)
@@ -129,7 +131,7 @@ def _work(
     if resume is None:
         facts["effect"] = module.to(device.torch).prove_effect()
     if "fit" in cfg.stages:
-        trainer.fit(module, datamodule=task, ckpt_path=resume)
+        trainer.fit(module, datamodule=task, ckpt_path=resume, weights_only=True)
     if "test" in cfg.stages:
         trainer.test(module, datamodule=task, verbose=False)
 

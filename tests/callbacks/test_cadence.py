@@ -49,3 +49,30 @@ def test_only_steps_that_are_probed_can_be_due() -> None:
         Plan(record=["*"], evaluate=[], drift_lag=55)
     with pytest.raises(ValueError, match="low=0.9 is not below high=0.5"):
         Cadence(low=0.9, high=0.5)
+
+
+def test_only_held_out_probe_is_used() -> None:
+    import torch
+
+    from allostasis.experiments.grokking.module import Grokking
+    from allostasis.models.modular_transformer import ModularTransformer
+    from allostasis.tasks.modular_addition import ModularAddition
+
+    task = ModularAddition(seed=0, p=13, train_frac=0.5, probe_size=40)
+    model = ModularTransformer(seed=0, p=13, d_model=32, n_heads=2, d_mlp=128)
+    module = Grokking(model=model, task=task, lr=3e-3, weight_decay=0.0)
+    optimiser = module.configure_optimizers()
+    for _ in range(300):
+        optimiser.zero_grad()
+        model.loss(task.train).backward()
+        optimiser.step()
+
+    def accuracy(pairs: object) -> float:
+        return float((model.logits(pairs).argmax(-1) == pairs.answer).double().mean())
+
+    trained = set(zip(task.train.a.tolist(), task.train.b.tolist(), strict=True))
+    probed = set(zip(task.probe.a.tolist(), task.probe.b.tolist(), strict=True))
+    assert not trained & probed
+    assert accuracy(task.train) == 1.0
+    assert module.probe_accuracy() == accuracy(task.probe) < 0.9
+    assert torch.equal(task.probe.answer, (task.probe.a + task.probe.b) % 13)

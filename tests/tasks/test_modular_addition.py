@@ -78,11 +78,13 @@ def test_the_task_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_pairs_are_sorted_by_their_operands() -> None:
+def test_pairs_are_sorted_by_their_operands_and_the_probe_is_not() -> None:
     task = ModularAddition(seed=0)
-    for pairs in (task.train, task.test, task.probe, task.all):
+    for pairs in (task.train, task.test, task.all):
         index = pairs.a * 113 + pairs.b
         assert (index.diff() > 0).all()
+    neighbours = task.probe.a.diff() == 0
+    assert neighbours.float().mean() < 0.05
 
 
 def test_train_loader_repeats_the_full_batch_without_end_and_test_loader_gives_it_once() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,6 +79,32 @@ class RunView:
         self.status: str = record.run["status"]
 
     @property
+    def device(self) -> str:
+        """Kind of device that it ran on: cpu, cuda or mps."""
+        return str(self.run["device_resolved"]).split(":")[0]
+
+    @property
+    def final_weights(self) -> str | None:
+        """Hash of the last checkpoint, or None where none was kept."""
+        checkpoints = self.run.get("checkpoints") or {}
+        return checkpoints[max(checkpoints, key=int)] if checkpoints else None
+
+    @property
+    def why_unfinished(self) -> str:
+        """How a run that is not done ended, with its error or the instrument gates it failed."""
+        error = self.run.get("error")
+        gates = self.run.get("gates") or {}
+        failed = [name for name, gate in gates.items() if not gate["passed"]]
+        details = [f"{error['type']}: {error['message']}"] if error else []
+        details += [f"instrument gates failed: {', '.join(failed)}"] if failed else []
+        return ": ".join([self.status, *details])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all readings in their order: equal only where a seed changed nothing."""
+        return hashlib.sha256(self._rows["value"].to_numpy().tobytes()).hexdigest()
+
+    @property
     def summary(self) -> Mapping[str, object]:
         """What the experiment wrote when the run ended."""
         return self.run.get("summary") or {}
@@ -90,15 +117,15 @@ class RunView:
 
     @cached_property
     def _rows(self) -> pd.DataFrame:
-        columns = ["step", "split", "metric", "layer", "head", "position", "value"]
+        columns = ["step", "split", "metric", "unit", "layer", "head", "position", "value"]
         path = self.record.folder / "metrics.parquet"
-        table = pq.read_table(path, columns=columns, read_dictionary=["split", "metric"])
+        table = pq.read_table(path, columns=columns, read_dictionary=["split", "metric", "unit"])
         return table.to_pandas()  # a missing layer, head or position is NaN here
 
     @cached_property
     def _rows_of(self) -> dict[str, np.ndarray]:
         groups = self._rows.groupby("metric", observed=True).indices
-        return {str(name): rows for name, rows in groups.items()}
+        return {str(name): np.asarray(rows) for name, rows in groups.items()}
 
     @property
     def metrics(self) -> list[str]:
@@ -139,7 +166,7 @@ class RunView:
         if rows.empty:
             where = "" if split is None else f" on split '{split}'"
             raise UndefinedError(f"{metric} was not recorded{where}")
-        rows = rows.sort_values("step", kind="stable")
+        rows = rows.drop_duplicates().sort_values("step", kind="stable")
         if rows["step"].duplicated().any():
             columns = ("split", "layer", "head", "position")
             open_columns = [c for c in columns if rows[c].nunique(dropna=False) > 1]
@@ -148,6 +175,17 @@ class RunView:
                 f"select one by {', '.join(open_columns) or 'a rerun: its rows repeat'}"
             )
         return Curve(rows["step"].to_numpy(np.int64), rows["value"].to_numpy(np.float64))
+
+    def scalar_curves(self) -> Iterator[tuple[str, str | None, str, Curve]]:
+        """Every metric that has one number a step and split, as (metric, split, unit, curve)."""
+        rows = self._rows
+        scalar = rows[rows[["layer", "head", "position"]].isna().all(axis=1)]
+        keys = ["metric", "split", "unit"]
+        for key, group in scalar.groupby(keys, observed=True, dropna=False):
+            metric, split, unit = (None if pd.isna(word) else str(word) for word in key)
+            once = group.drop_duplicates("step").sort_values("step", kind="stable")
+            curve = Curve(once["step"].to_numpy(np.int64), once["value"].to_numpy(np.float64))
+            yield str(metric), split, str(unit), curve
 
     def event(self, name: str) -> float | None:
         """Step of an event, or None where it has not come.
@@ -176,7 +214,7 @@ class RunView:
 
     @cached_property
     def _transition(self) -> tuple[float, float] | None:
-        """Steps at which test accuracy leaves 15 % for the last time before it first reaches 85 %."""
+        """Last step below 15 % test accuracy before it first reaches 85 %, and that step."""
         accuracy = self.curve("accuracy", split="test")
         end = accuracy.rises_through(HIGH)
         if end is None:
@@ -185,10 +223,24 @@ class RunView:
         start = float(accuracy.steps[0]) if not len(below) else _between(accuracy, below[-1], LOW)
         return start, end
 
-    def velocities(self, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-        """Velocities of test accuracy and of a curve over the transition, on a uniform grid.
+    def published_velocities(self, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+        """`np.gradient` of test accuracy and of a curve at records with 15 % < accuracy < 85 %.
 
-        The grid is as coarse as the coarsest cadence in the window; both are linear between records.
+        As the source has it: without the steps' spacing, over records of unlike distance.
+
+        Raises:
+            UndefinedError: Too few records lie in the window.
+        """
+        accuracy, values, _ = self.beside_accuracy(curve)
+        inside = (accuracy > LOW) & (accuracy < HIGH)
+        if inside.sum() < MIN_POINTS:
+            raise UndefinedError(f"{inside.sum()} records in the transition, under {MIN_POINTS}")
+        return np.gradient(accuracy)[inside], np.gradient(values)[inside]
+
+    def over_transition(self, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+        """Test accuracy and a curve over the transition, on a uniform grid of steps.
+
+        The grid is as coarse as the coarsest cadence there; both are linear between records.
 
         Raises:
             UndefinedError: There is no transition, or it holds too few points.
@@ -201,9 +253,7 @@ class RunView:
             raise UndefinedError(
                 f"the transition holds {len(grid)} points of a uniform grid, under {MIN_POINTS}"
             )
-        on_grid = (np.interp(grid, steps, series) for series in (accuracy, values))
-        first, second = (np.gradient(series) for series in on_grid)
-        return first, second
+        return np.interp(grid, steps, accuracy), np.interp(grid, steps, values)
 
     def beside_accuracy(self, curve: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Test accuracy and a curve at the steps that both have, and these steps."""

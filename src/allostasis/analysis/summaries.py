@@ -14,12 +14,11 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
-from allostasis.analysis.curves import HIGH, LOW, MIN_POINTS, Curve, RunView, UndefinedError
+from allostasis.analysis.curves import Curve, RunView, UndefinedError
+from allostasis.analysis.surrogates import rank_correlation
 
 FINAL_SHARE = 0.05  # of the steps, at the end
 READ = ("curve", "run")  # parameters that the records fill; a claim's words fill the others
@@ -33,7 +32,7 @@ class Time:
     censored: bool
 
 
-def final(curve: Curve, run: RunView) -> float:
+def final(curve: Curve) -> float:
     """Mean over the last 5 % of steps, by trapezoids, so that cadence does not weigh in."""
     start = curve.steps[-1] * (1 - FINAL_SHARE)
     late = curve.steps >= start
@@ -43,12 +42,12 @@ def final(curve: Curve, run: RunView) -> float:
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
 
 
-def peak(curve: Curve, run: RunView) -> float:
+def peak(curve: Curve) -> float:
     """Highest recorded value."""
     return float(curve.values.max())
 
 
-def auc(curve: Curve, run: RunView) -> float:
+def auc(curve: Curve) -> float:
     """Mean over all steps, by trapezoids."""
     return float(np.trapezoid(curve.values, curve.steps) / (curve.steps[-1] - curve.steps[0]))
 
@@ -68,12 +67,12 @@ def crossing(curve: Curve, run: RunView, level: str) -> float:
 
 def final_over(curve: Curve, run: RunView, when: str) -> float:
     """`final` as a multiple of the value at an event."""
-    return final(curve, run) / at_step(curve, run, when)
+    return final(curve) / at_step(curve, run, when)
 
 
 def final_over_metric(curve: Curve, run: RunView, metric: str) -> float:
     """`final` as a multiple of another metric's `final` in the same run."""
-    return final(curve, run) / final(run.curve(metric), run)
+    return final(curve) / final(run.curve(metric))
 
 
 def change(curve: Curve, run: RunView, start: str, end: str) -> float:
@@ -140,14 +139,13 @@ def spearman_velocity_published(curve: Curve, run: RunView) -> float:
     `np.gradient` of both without the steps' spacing, where 15 % < accuracy < 85 %. It changes with
     the recording cadence, and its own p-value takes samples of a smooth curve for independent.
     """
-    accuracy, values, _ = run.beside_accuracy(curve)
-    inside = (accuracy > LOW) & (accuracy < HIGH)
-    return _spearman(np.gradient(accuracy)[inside], np.gradient(values)[inside])
+    return rank_correlation(*run.published_velocities(curve))[0]
 
 
 def spearman_velocity_uniform(curve: Curve, run: RunView) -> float:
     """The same on a uniform grid of steps, as coarse as the coarsest cadence in the window."""
-    return _spearman(*run.velocities(curve))
+    accuracy, values = run.over_transition(curve)
+    return rank_correlation(np.gradient(accuracy), np.gradient(values))[0]
 
 
 def handover(run: RunView) -> float:
@@ -178,14 +176,6 @@ def scale_for_alignment(run: RunView, start: str, end: str) -> tuple[float, floa
     return -change(scale, run, start, end), change(alignment, run, start, end)
 
 
-def _spearman(left: np.ndarray, right: np.ndarray) -> float:
-    if len(left) < MIN_POINTS:
-        raise UndefinedError(f"the transition holds {len(left)} records, under {MIN_POINTS}")
-    if np.ptp(left) == 0 or np.ptp(right) == 0:
-        raise UndefinedError("a velocity is constant over the transition, so it has no ranks")
-    return float(spearmanr(left, right).statistic)
-
-
 @dataclass(frozen=True)
 class Summary:
     """A claim's summary, parsed.
@@ -205,8 +195,9 @@ class Summary:
 
     def __call__(self, run: RunView, curve: Curve | None) -> float | Time | tuple[float, float]:
         """Reduce one run."""
-        first: tuple[Any, ...] = (curve, run) if self.reads_metric else (run,)
-        return self.function(*first, *self.arguments)
+        given = {"curve": curve, "run": run}
+        parameters = inspect.signature(self.function).parameters
+        return self.function(*(given[p] for p in parameters if p in READ), *self.arguments)
 
 
 def names() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import shutil
 import time
 from collections import Counter
@@ -165,18 +166,18 @@ class Recorder(Callback):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: object, **__: object
     ) -> None:
         """Write single examples of the metrics that offer them."""
-        del trainer
+        del trainer, pl_module
+        snapshot: Snapshot = outputs["snapshot"]
         rows: list[dict[str, Any]] = []
         for name, metric in self.metrics.items():
-            snapshot: Snapshot = outputs["snapshot"]
-            if not metric.has_examples or not _applies(metric, snapshot):
+            per_example = getattr(metric, "per_example", None)
+            if per_example is None or not _applies(metric, snapshot):
                 continue
-            for part, values in metric.per_example(snapshot).items():
-                defined = values.isfinite()
+            for part, values in per_example(snapshot).items():
                 for example, value in enumerate(values.tolist()):
-                    if defined[example]:
-                        reading = Reading(part=part, value=value, n=1)
-                        row = self._row(name, metric, snapshot, reading)
+                    reading = Reading(part, value, 1, None, None, None, metric.symbol, metric.unit)
+                    if math.isfinite(value):
+                        row = self._row(name, snapshot, reading)
                         rows.append(row | {"example": example})
         if rows:
             write_table(self.folder / "examples.parquet", rows, EXAMPLES_SCHEMA)
@@ -245,7 +246,7 @@ class Recorder(Callback):
             for name, metric in used.items():
                 assert snapshot is not None
                 for reading in metric.readings():
-                    row = self._row(name, metric, snapshot, reading)
+                    row = self._row(name, snapshot, reading)
                     rows.append(row)
                     if note and reading.layer is None and reading.position is None:
                         self.latest[row["metric"], row["split"]] = reading.value
@@ -254,9 +255,7 @@ class Recorder(Callback):
                 metric.reset()
         return rows
 
-    def _row(
-        self, name: str, metric: Metric, snapshot: Snapshot, reading: Reading
-    ) -> dict[str, Any]:
+    def _row(self, name: str, snapshot: Snapshot, reading: Reading) -> dict[str, Any]:
         return {
             **vars(self.identity),
             "step": snapshot.step,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from allostasis.core.validate import FIELDS, Problem, check_field, suggest
+from allostasis.core.config import BLOCKS, conf_dir
+from allostasis.core.validate import FIELDS, Problem, check_field, nearest, suggest
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -19,6 +23,24 @@ if TYPE_CHECKING:
 
 EXTRAS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 """Launchers that come with an extra of this package."""
+
+
+def command_problems(
+    words: Sequence[str], *, config_dir: str | None, is_sweep: bool
+) -> list[Problem]:
+    """What is wrong with a command that Hydra refused.
+
+    Args:
+        words: Overrides, as `key=value`.
+        config_dir: The user's own folder of configs, where the command names one.
+        is_sweep: Whether `a,b` stands for several runs.
+    """
+    places = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        loader = GlobalHydra.instance().config_loader()
+        return composition_problems(
+            [*places, *words], loader=loader, config_name="config", is_sweep=is_sweep
+        )
 
 
 def composition_problems(
@@ -64,23 +86,21 @@ def composition_problems(
             problems.append(_unknown_option(override.key_or_group, value, options))
         choices += [f"{override.get_key_element()}={v}" for v in values if v not in unknown][:1]
 
-    def error_of(*extra: str) -> CompactHydraException | None:
-        try:
-            loader.load_configuration(config_name, [*choices, *extra], run_mode=RunMode.RUN)
-        except CompactHydraException as error:
-            return error
-        return None
-
-    error = error_of()
-    if error is not None:
+    try:
+        base = loader.load_configuration(config_name, choices, run_mode=RunMode.RUN)
+    except CompactHydraException as error:
         return [*problems, _explain(error)]
-    groups = [name for name in loader.list_groups("") if name != "hydra"]
+    homes = {str(key): f"{block}.{key}" for block in reversed(BLOCKS) for key in base[block]}
     for override, values in settings:
         for value in values:
             word = f"{override.get_key_element()}={value}"
-            error = error_of(override.input_line or word if override.is_delete() else word)
-            if error is not None:
-                problems += _explain_setting(override, value, error, groups)
+            if override.is_delete():
+                word = word.removesuffix("=")
+            try:
+                loader.load_configuration(config_name, [*choices, word], run_mode=RunMode.RUN)
+            except CompactHydraException as error:
+                single = parser.parse_overrides([word])[0]
+                problems += _explain_setting(single, error, homes)
     return problems
 
 
@@ -93,41 +113,39 @@ def _values(override: Override) -> list[str]:
 def _unknown_option(group: str, value: str, options: Sequence[str]) -> Problem:
     setting = f"{group}={value}"
     if group == "exp":
+        near = nearest(value, options)
+        meant = f"; did you mean '{near}'?" if near else ""
         listed = ", ".join(sorted(options))
-        near = suggest(value, options)
-        experiments = near if near.startswith("there") else f"{near} There are {listed}"
-        return Problem(setting, f"no such experiment; {experiments}")
+        return Problem(setting, f"no such experiment{meant} (experiments: {listed})")
     if group == "hydra/launcher" and value in EXTRAS:
         return Problem(setting, f"not installed: pip install 'allostasis[{EXTRAS[value]}]'")
     return Problem(setting, f"no such {group}; {suggest(value, options)}")
 
 
 def _explain_setting(
-    override: Override, value: str, error: CompactHydraException, groups: Sequence[str]
-) -> Iterator[Problem]:
+    override: Override, error: CompactHydraException, homes: Mapping[str, str]
+) -> list[Problem]:
     key = override.key_or_group
-    cause = error.__cause__
-    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
-        known = [*FIELDS, *groups]
-        if "." in key:
-            known = [str(name) for name in cause.parent_node or ()]
-        yield Problem(key, f"no such setting; {suggest(key.rpartition('.')[2], known)}")
-        return
-    if key in FIELDS and override.is_sweep_override() is False:
-        plain = override.value()
-        found = [*check_field(key, OmegaConf.to_container(plain) if OmegaConf.is_config(plain) else plain)]
-        if found:
-            yield from found
-            return
-    yield Problem(f"{key}={value}", _explain(error).reason)
+    if key in homes:
+        return [Problem(key, f"no such setting; did you mean '{homes[key]}'?")]
+    value = override.value()
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if key in FIELDS and (problems := check_field(key, plain)):
+        return problems
+    explained = _explain(error)
+    if explained.setting == "config":
+        return [Problem(f"{key}={override.get_value_element_as_str()}", explained.reason)]
+    return [explained]
 
 
 def _explain(error: CompactHydraException) -> Problem:
-    """Hydra's own words on one line, with the nearest name where a name is what is wrong."""
+    """An unknown name with the nearest known one, else Hydra's own words on one line."""
     cause = error.__cause__ or error.__context__
-    text = " ".join(line.strip() for line in str(error).splitlines() if "full_key:" not in line)
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
-        return Problem(cause.full_key, f"no such setting; {suggest(cause.full_key, FIELDS)} ({text})")
+        parent, name = cause.full_key.rpartition(".")[0::2]
+        siblings = FIELDS if not parent else [str(key) for key in cause.parent_node or ()]
+        return Problem(cause.full_key, f"no such setting; {suggest(name, siblings)}")
+    text = " ".join(line.strip() for line in str(error).splitlines() if "full_key:" not in line)
     if isinstance(cause, OmegaConfBaseException) and str(cause).splitlines()[0] not in text:
         text = f"{text}: {str(cause).splitlines()[0]}"
     return Problem("config", text)

@@ -89,8 +89,9 @@ def config_hash(cfg: DictConfig, *, without: tuple[str, ...] = ()) -> str:
     """Twelve hex digits that two runs share if they compute the same but for seed and device.
 
     Taken over the resolved config with seed and device blanked, so that `task.seed: ${seed}` does
-    not tell seeds apart. Left out: logger, force, threads, allow, the table of other conditions
-    and what the trainer shows on its way.
+    not tell seeds apart. Left out is what has no say in the result:
+    the dashboard, force, threads, gates, allow, the table of other conditions and what the trainer
+    shows on its way.
 
     Args:
         cfg: A composed config, with or without its `hydra` part.
@@ -101,19 +102,21 @@ def config_hash(cfg: DictConfig, *, without: tuple[str, ...] = ()) -> str:
     blank = copy.deepcopy(cfg)
     with flag_override(blank, ["struct", "readonly"], [False, False]):
         blank.seed, blank.device = 0, "auto"
-        settings = {
-            key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        settings: dict[str, Any] = {
+            str(key): OmegaConf.to_container(value, resolve=True)
+            if OmegaConf.is_config(value)
+            else value
             for key, value in blank.items_ex(resolve=True)
             if key not in (*NOT_IDENTITY, *without)
         }
     for key in NOT_IDENTITY_OF_TRAINER:
-        settings["trainer"].pop(key, None)
+        settings["trainer"].pop(key, None)  # what it shows on its way
     text = json.dumps(_plain(settings), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """Where a run lies: outputs/<exp>/<condition>/seed=<n>/<device>-<hash>, from where one stands."""
+    """Where a run lies, from here: outputs/<exp>/<condition>/seed=<n>/<device>-<hash>."""
     device = cfg.device.replace(":", "")
     arm = Path("outputs", cfg.name, cfg.condition)
     return arm / f"seed={cfg.seed}" / f"{device}-{config_hash(cfg)}"

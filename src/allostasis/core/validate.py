@@ -18,16 +18,20 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
+from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 
 from allostasis.core.config import BLOCKS, RunConfig
 
 ALLOWED = ("allostasis", "lightning")
 """Packages that a `_target_` may come from; `allow: [mine]` in a config adds others."""
 
+IMPLIED = {"trainer": "lightning.Trainer"}
+"""What a block without a `_target_` of its own is given to."""
+
 SUPPLIED: Mapping[str, frozenset[str]] = {
-    "module": frozenset({"model"}),
-    "logger": frozenset({"run"}),
+    "module": frozenset({"model", "task"}),
+    "trainer": frozenset({"accelerator", "devices", "default_root_dir", "logger", "callbacks"}),
+    "logger": frozenset({"identity", "folder"}),
 }
 """Parameters that the run itself supplies when it builds a block."""
 
@@ -65,6 +69,13 @@ def check(cfg: DictConfig) -> list[Problem]:
     return [*_check_fields(cfg)] or [*_check_blocks(cfg)]
 
 
+def refusal(problems: Iterable[str | Problem], *, kind: str = "run") -> str:
+    """The message for all that is wrong with a config, one problem a line."""
+    lines = [f"  {problem}" for problem in problems]
+    count = f"{len(lines)} problem{'s' if len(lines) != 1 else ''}"
+    return "\n".join([f"The {kind} was not started; its config has {count}:", *lines])
+
+
 def check_field(name: str, value: Any) -> list[Problem]:
     """Everything that is wrong with one top-level setting's type and range.
 
@@ -96,21 +107,24 @@ def suggest(name: str, names: Iterable[str]) -> str:
     return f"there are {', '.join(names)}" if names else "there are none"
 
 
-# ---------------------------------------------------------------------- top level
-
-
 def _check_fields(cfg: DictConfig) -> Iterator[Problem]:
     for name in cfg:
         if name not in FIELDS and name != "hydra":
             yield Problem(str(name), f"no such setting; {suggest(str(name), FIELDS)}")
+    missing = [name for name in FIELDS if name not in cfg]
+    yield from (Problem(name, "missing; every config has it") for name in missing)
+    if missing:
+        return
     if not cfg.name:
         yield Problem("exp", "no experiment is chosen; `python -m allostasis` lists them")
         return
-    for name in FIELDS:
-        if name not in BLOCKS and name != "conditions":
-            value = cfg[name]
-            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            yield from check_field(name, plain)
+    try:
+        fields = {name: _plain(cfg[name]) for name in FIELDS if name not in BLOCKS}
+    except OmegaConfBaseException as error:
+        yield Problem("config", _first_line(error))
+        return
+    for name, value in fields.items():
+        yield from check_field(name, value)
     if cfg.conditions and cfg.condition not in cfg.conditions:
         reason = f"the design has no such condition; {suggest(cfg.condition, cfg.conditions)}"
         yield Problem(f"condition={cfg.condition!r}", reason)
@@ -125,17 +139,16 @@ def _check_fields(cfg: DictConfig) -> Iterator[Problem]:
         yield Problem(f"stages={list(cfg.stages)}", "allowed are fit, test, or both")
 
 
-# ---------------------------------------------------------------------- blocks
-
-
 def _check_blocks(cfg: DictConfig) -> Iterator[Problem]:
     allowed = (*ALLOWED, *cfg.allow)
     for block in BLOCKS:
         node = cfg[block]
-        if node and "_target_" not in node:
+        if node and "_target_" not in node and block not in IMPLIED:
             reason = f"nothing reads it: {block} has no _target_; choose one of the group '{block}'"
             yield from (Problem(f"{block}.{name}", reason) for name in node)
-        yield from _check_node(node, block, allowed, SUPPLIED.get(block, frozenset()))
+        yield from _check_node(
+            node, block, allowed, SUPPLIED.get(block, frozenset()), IMPLIED.get(block)
+        )
 
 
 def _check_node(
@@ -143,34 +156,48 @@ def _check_node(
     where: str,
     allowed: tuple[str, ...],
     supplied: frozenset[str] = frozenset(),
+    implied: str | None = None,
 ) -> Iterator[Problem]:
     values: dict[str, Any] = {}
+    broken: set[str] = set()
     is_list = isinstance(node, ListConfig)
-    for name in range(len(node)) if is_list else node:
+    names: list[Any] = [*range(len(node))] if is_list else [*node]
+    for name in names:
         key = f"{where}[{name}]" if is_list else f"{where}.{name}"
         try:
             values[str(name)] = node[name]
         except OmegaConfBaseException as error:
-            yield Problem(key, _decapitalised(str(error).splitlines()[0]))
+            yield Problem(key, _first_line(error))
+            broken.add(str(name))
             continue
         if OmegaConf.is_config(values[str(name)]):
-            yield from _check_node(values[str(name)], key, allowed)
-    if isinstance(node, DictConfig) and "_target_" in values:
-        unreadable = {str(name) for name in node} - {*values}
-        yield from _check_call(values, where, allowed, supplied | unreadable)
+            inner = [*_check_node(values[str(name)], key, allowed)]
+            yield from inner
+            if inner:
+                broken.add(str(name))
+    target = values.get("_target_", implied)
+    if isinstance(node, DictConfig) and target is not None:
+        yield from _check_call(target, values, where, allowed, supplied, broken)
 
 
 def _check_call(
-    values: Mapping[str, Any], where: str, allowed: tuple[str, ...], supplied: frozenset[str]
+    path: Any,
+    values: Mapping[str, Any],
+    where: str,
+    allowed: tuple[str, ...],
+    supplied: frozenset[str],
+    broken: set[str],
 ) -> Iterator[Problem]:
-    target = _locate(values["_target_"], allowed)
+    target = _locate(path, allowed)
     if isinstance(target, str):
-        yield Problem(f"{where}._target_={values['_target_']!r}", target)
+        yield Problem(f"{where}._target_={path!r}", target)
         return
     parameters = _parameters(target)
     adapters = _adapters(target)
     is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {k for k, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    named = {
+        k for k, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    }
     for name, value in values.items():
         if name in DIRECTIVES:
             continue
@@ -179,12 +206,11 @@ def _check_call(
         elif name not in named and not is_open:
             reason = f"{target.__name__} has no such parameter; {suggest(name, named - supplied)}"
             yield Problem(f"{where}.{name}", reason)
-        elif name in adapters and not _has_target(value):
-            plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-            yield from _check_value(f"{where}.{name}", plain, adapters[name])
+        elif name in adapters and name not in broken and not _has_target(value):
+            yield from _check_value(f"{where}.{name}", _plain(value), adapters[name])
     if not values.get("_partial_", False):
         required = {k for k in named if parameters[k].default is inspect.Parameter.empty}
-        for name in sorted(required - supplied - {*values}):
+        for name in sorted(required - supplied - broken - {*values}):
             yield Problem(f"{where}.{name}", f"missing; {target.__name__} does not work without it")
 
 
@@ -197,7 +223,7 @@ def _has_target(value: Any) -> bool:
 def _check_value(where: str, value: Any, adapter: TypeAdapter[Any]) -> Iterator[Problem]:
     """Hold a value against a type as it stands, so that '5' is no 5; the laxer reason says more."""
     try:
-        adapter.validate_json(json.dumps(value), strict=True)
+        adapter.validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as strict:
         try:
             adapter.validate_python(value)
@@ -218,11 +244,16 @@ def _check_value(where: str, value: Any, adapter: TypeAdapter[Any]) -> Iterator[
             yield Problem(setting, " or ".join(dict.fromkeys(messages)))
 
 
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _first_line(error: OmegaConfBaseException) -> str:
+    return _decapitalised(str(error).partition("\n")[0])
+
+
 def _decapitalised(text: str) -> str:
     return text[:1].lower() + text[1:]
-
-
-# ---------------------------------------------------------------------- what a `_target_` names
 
 
 def _locate(path: Any, allowed: tuple[str, ...]) -> Callable[..., Any] | str:
@@ -265,7 +296,11 @@ def _resolve(path: str) -> Any:
             except ModuleNotFoundError as error:
                 if error.name != name:
                     raise
-                has = f"{'.'.join(parts[:depth])} has no '{part}'" if depth else f"no package '{name}'"
+                has = (
+                    f"{'.'.join(parts[:depth])} has no '{part}'"
+                    if depth
+                    else f"no package '{name}'"
+                )
                 raise _NotThereError(f"{has}; {suggest(part, _members(found))}") from error
     return found
 
@@ -300,6 +335,6 @@ def _adapters(target: Callable[..., Any]) -> Mapping[str, TypeAdapter[Any]]:
     for name, hint in hints.items():
         try:
             adapters[name] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-        except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
+        except (PydanticUserError, PydanticUndefinedAnnotation):  # no type that YAML can write
             continue
     return adapters

@@ -1,6 +1,6 @@
 """Accuracy (Psi): how often the largest logit is the true answer's."""
 
-from jaxtyping import Bool, Int, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from allostasis.metrics.base import GAUGES, Metric, Snapshot, given, invariant

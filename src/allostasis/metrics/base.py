@@ -17,6 +17,7 @@ import torch
 import torchmetrics
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
 
 from allostasis.core.spaces import Weights
 
@@ -228,6 +229,7 @@ class Metric(torchmetrics.Metric):
         super().__init__(**kwargs)
         self.skipped: Counter[str] = Counter()
         self._otherwise: dict[Place, str | None] = {}
+        self._kept: dict[tuple[str, int | None], str] = {}
 
     def add(
         self,
@@ -262,10 +264,43 @@ class Metric(torchmetrics.Metric):
         place = Place(part, layer, head, position, over)
         self._otherwise[place] = otherwise
         total = torch.where(weight > 0, mean * weight, torch.zeros_like(mean))
-        self.accumulate(str(place), torch.stack([total, weight]))
+        self._sum(str(place), torch.stack([total, weight]))
 
-    def accumulate(self, state: str, value: Tensor) -> None:
-        """Add to a state that is summed over batches and devices; the first call makes it."""
+    def accumulate(self, name: str, value: Tensor, *, layer: int | None = None) -> None:
+        """Add to a state that is summed over batches and devices; the first call makes it.
+
+        Args:
+            name: What the state holds. For metrics that are no plain mean: counts, histograms and
+                sums of moments.
+            value: What to add, of one shape whatever the batch.
+            layer: The layer it belongs to, if any.
+        """
+        self._kept[name, layer] = f"{name}.{layer}"
+        self._sum(f"{name}.{layer}", value)
+
+    def collect(self, name: str, rows: Tensor, *, layer: int | None = None) -> None:
+        """Add rows to a state that is joined over batches and devices; the first call makes it.
+
+        Only for what no sum of known size can give, and then for a bounded number of rows.
+
+        Args:
+            name: What the state holds.
+            rows: One row for each example.
+            layer: The layer it belongs to, if any.
+        """
+        state = f"{name}.{layer}"
+        if not hasattr(self, state):
+            self.add_state(state, [], dist_reduce_fx="cat")
+        self._kept[name, layer] = state
+        getattr(self, state).append(rows)
+
+    def kept(self, name: str) -> Iterator[tuple[int | None, Tensor]]:
+        """Yield (layer, state) for what was accumulated or collected under a name since reset."""
+        for (known, layer), state in self._kept.items():
+            if known == name:
+                yield layer, dim_zero_cat(getattr(self, state))
+
+    def _sum(self, state: str, value: Tensor) -> None:
         if not hasattr(self, state):
             self.add_state(state, torch.zeros_like(value), dist_reduce_fx="sum")
         setattr(self, state, getattr(self, state) + value)
@@ -317,6 +352,7 @@ class Metric(torchmetrics.Metric):
         """Forget everything added."""
         super().reset()
         self._otherwise.clear()
+        self._kept.clear()
 
 
 def invariant(*laws: str) -> dict[str, int | str]:

@@ -57,41 +57,40 @@ def margin(
     return right - wrong
 
 
-def geometric_margin(
-    logits: Float[Tensor, "batch vocab"],
-    labels: Int[Tensor, " batch"],
+def answer_distance(
     unembed: Float[Tensor, "d_model vocab"],
+    labels: Int[Tensor, " batch"],
+    others: Int[Tensor, " batch"],
 ) -> Float[Tensor, " batch"]:
-    """Distance of the readout state from the border between the true answer and the runner-up.
+    """Distance between the unembedding columns of two answers.
 
-    m / ||u_y - u_j||
+    ||u_y - u_j||
 
     Args:
-        logits: Logits at the readout position.
-        labels: The true answers.
         unembed: The unembedding; u_v is its column v.
+        labels: One answer of each pair.
+        others: The other.
 
     Returns:
-        Residual units, any real number; up is better. Infinite or NaN where two answers share one
-        unembedding column.
+        Logits per residual unit, >= 0. Larger: the readout tells the two apart more strongly.
 
     Source:
         Elsayed et al. (2018), Large margin deep networks for classification.
 
     Example:
-        >>> geometric_margin(torch.tensor([[3.0, 0.0]]), torch.tensor([0]), 2 * torch.eye(2)).item()
-        1.0606602
+        >>> answer_distance(2 * torch.eye(2), torch.tensor([0]), torch.tensor([1])).item()
+        2.828427
     """
     columns = precise(unembed)
-    between = columns[:, labels] - columns[:, runner_up(logits, labels)]
-    return margin(logits, labels) / between.norm(dim=0)
+    return (columns[:, labels] - columns[:, others]).norm(dim=0)
 
 
 class Margin(Metric):
     """Mean margin against the runner-up.
 
     Parts:
-        geometric: The margin in residual units, which no rescaling of the unembedding can raise.
+        geometric: m / ||u_y - u_j||, the readout state's distance from the border between the two
+            answers in residual units, which no rescaling of the unembedding can raise.
     """
 
     symbol = "Psi"
@@ -102,6 +101,7 @@ class Margin(Metric):
     scale_law = {
         **invariant(*GAUGES, "logit_shift"),
         "logit_scale": 1,
+        "geometric.gain": "changes",
         "geometric.stream": 1,
     }
     direction = "up is better; positive where the answer is right"
@@ -109,23 +109,21 @@ class Margin(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        example = self.per_example(snapshot)
-        self.add(example[""].mean(), n=len(example[""]))
-        distances = example["geometric"]
-        defined = distances.isfinite()
+        logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
+        unembed = given(snapshot.weights, "params").W_U
+        lead = margin(logits, labels)
+        distance = answer_distance(unembed, labels, runner_up(logits, labels))
+        apart = distance > 0
+        self.add(lead.mean(), n=len(lead))
         self.add(
-            distances[defined].mean(),
-            n=defined.sum(),
+            (lead[apart] / distance[apart]).mean(),
+            n=apart.sum(),
             part="geometric",
-            otherwise="two answers share one unembedding column",
+            otherwise="the runner-up shares the answer's unembedding column",
         )
 
     @staticmethod
     def per_example(snapshot: Snapshot) -> dict[str, Tensor]:
-        """Give each part's value for each example."""
+        """Give the value of each example, by part."""
         logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
-        unembed = given(snapshot.weights, "params").W_U
-        return {
-            "": margin(logits, labels),
-            "geometric": geometric_margin(logits, labels, unembed),
-        }
+        return {"": margin(logits, labels)}

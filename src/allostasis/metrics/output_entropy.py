@@ -1,6 +1,5 @@
 """Output entropy (Psi): how undecided the predicted distribution is."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,6 +21,7 @@ def output_entropy(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batc
         Shannon (1948), A mathematical theory of communication, Bell Syst. Tech. J. 27.
 
     Example:
+        >>> import torch
         >>> output_entropy(torch.zeros(1, 4)).item()  # ln 4
         1.386294
     """

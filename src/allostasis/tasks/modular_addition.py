@@ -21,7 +21,7 @@ Part = Literal["train", "test", "probe", "all"]
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Questions 'a op b =' and their answers, in the order of (a, b).
+    """Questions 'a op b =' and their answers.
 
     Attributes:
         a: Left operand, 0 to p - 1.
@@ -87,7 +87,8 @@ class ModularAddition(L.LightningDataModule):
 
     The pairs are permuted with the seed's `data` randomness; the first floor(train_frac p^2) are
     for training, the others for the test. The probe is a fixed part of the test pairs, drawn with
-    the seed's `probe` randomness. Within each set the pairs are sorted by (a, b).
+    the seed's `probe` randomness. The pairs of a set are sorted by (a, b), those of the probe are not:
+    its neighbours have nothing to do with each other.
 
     Args:
         seed: The run's seed.
@@ -130,14 +131,13 @@ class ModularAddition(L.LightningDataModule):
             )
         order = torch.randperm(n_pairs, generator=_generator(seed, "data"))
         chosen = torch.randperm(n_test, generator=_generator(seed, "probe"))[:probe_size]
-        self.train = self._pairs(order[:n_train])
-        self.test = self._pairs(order[n_train:])
+        self.train = self._pairs(order[:n_train].sort().values)
+        self.test = self._pairs(order[n_train:].sort().values)
         self.probe = self._pairs(order[n_train:][chosen])
-        self.all = self._pairs(order)
+        self.all = self._pairs(order.sort().values)
         self._moved: dict[tuple[Pairs, torch.device], Pairs] = {}
 
     def _pairs(self, index: Int64[Tensor, " pair"]) -> Pairs:
-        index = index.sort().values
         a, b = index // self.p, index % self.p
         answer = a + b if self.op == "add" else a - b
         return Pairs(a=a, b=b, answer=answer % self.p, p=self.p)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from allostasis.experiments.grokking.phases import Phases
 from allostasis.metrics.base import Snapshot
+from allostasis.metrics.cosine_fve import cosine_fve
 from allostasis.metrics.key_frequencies import key_frequencies
 from allostasis.models.modular_transformer import Engine, ModularTransformer
 from allostasis.tasks.modular_addition import ModularAddition, Pairs
@@ -254,7 +255,8 @@ class Grokking(L.LightningModule):
     def hindsight_snapshots(self, weights: Mapping[str, Tensor], step: int) -> Iterator[Snapshot]:
         """The grid of earlier weights, with the frequencies that the run ended with."""
         if self.key_frequencies is None:
-            self.key_frequencies = key_frequencies(self.model.grid_logits()[..., : self.task.p])
+            share = cosine_fve(self.model.grid_logits()[..., : self.task.p])
+            self.key_frequencies = key_frequencies(share)
         earlier = copy.deepcopy(self.model)
         earlier.load_state_dict(dict(weights))
         yield Snapshot(

@@ -1,0 +1,227 @@
+"""From runs to one number a seed: arms, summaries, pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from allostasis.analysis import summaries
+from allostasis.analysis.claims import Claim
+from allostasis.analysis.curves import RunView, UndefinedError
+from allostasis.analysis.summaries import Time
+
+
+class IdenticalArmsError(ValueError):
+    """Two conditions that are one: their comparison would compare a run with itself."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed alone; never pooled with another arm.
+
+    Attributes:
+        exp: Experiment.
+        condition: Condition.
+        hash: Of the resolved config without seed and device.
+        device: Kind of device: cpu, cuda, mps.
+        runs: Finished runs, one a seed, in the order of seeds.
+        left_out: Why each of the other runs does not count, by run id.
+    """
+
+    exp: str
+    condition: str
+    hash: str
+    device: str
+    runs: tuple[RunView, ...]
+    left_out: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Condition, device and hash, as in the folders."""
+        return f"{self.condition} ({self.device}-{self.hash})"
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the finished runs."""
+        return [run.seed for run in self.runs]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config that all its runs share, but for the seed."""
+        return self.runs[0].record.config
+
+    def setting(self, name: str) -> Any:
+        """A config value by its dotted name.
+
+        Raises:
+            UndefinedError: The config has no such value.
+        """
+        value: Any = self.config
+        for key in name.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                raise UndefinedError(f"the config of {self.name} has no {name}")
+            value = value[key]
+        return value
+
+    def is_inert(self) -> bool:
+        """Whether several seeds gave the same readings, bit by bit: the seed changed nothing."""
+        return len(self.runs) > 1 and len({run.fingerprint for run in self.runs}) == 1
+
+
+def arms(runs: Sequence[RunView]) -> list[Arm]:
+    """Sort runs into arms: one (experiment, condition, config hash, device kind) each.
+
+    Returns:
+        By experiment and condition; of one condition, the arm with most finished seeds first.
+    """
+
+    def identity(run: RunView) -> tuple[str, str, str, str]:
+        return run.exp, run.condition, run.run["config_hash"], run.device
+
+    made = [
+        _arm(key, list(members))
+        for key, members in groupby(sorted(runs, key=identity), key=identity)
+    ]
+    return sorted(made, key=lambda arm: (arm.exp, arm.condition, -len(arm.runs), arm.hash))
+
+
+def _arm(identity: tuple[str, str, str, str], runs: list[RunView]) -> Arm:
+    counted: dict[int, RunView] = {}
+    left_out: dict[str, str] = {}
+    for run in sorted(runs, key=lambda run: (run.seed, run.record.folder)):
+        if run.status != "done":
+            left_out[run.run_id] = f"seed {run.seed} {run.why_unfinished}"
+        elif run.seed in counted:
+            left_out[run.run_id] = f"seed {run.seed} repeats {counted[run.seed].run_id}"
+        else:
+            counted[run.seed] = run
+    return Arm(*identity, runs=tuple(counted.values()), left_out=left_out)
+
+
+def shown(arms: Sequence[Arm], condition: str, settings: Mapping[str, Any] | None = None) -> Arm:
+    """The arm that stands for a condition: the one with most finished seeds.
+
+    Args:
+        arms: All arms of one experiment.
+        condition: Which condition.
+        settings: Config values, by dotted name, that the arm must have.
+
+    Raises:
+        UndefinedError: No arm of this condition has a finished run with these settings; the message
+            begins with "not run".
+    """
+    there = [arm for arm in arms if arm.condition == condition and arm.runs]
+    if not there:
+        raise UndefinedError(f"not run (no finished run of condition '{condition}')")
+    wanted = settings or {}
+    fitting = [a for a in there if all(a.setting(key) == wanted[key] for key in wanted)]
+    if not fitting:
+        unlike = {k: there[0].setting(k) for k in wanted if there[0].setting(k) != wanted[k]}
+        names = ", ".join(f"{key}={wanted[key]}, here {value}" for key, value in unlike.items())
+        raise UndefinedError(f"not run (at the registered settings: {names})")
+    return fitting[0]
+
+
+def check_distinct(treatment: Arm, control: Arm) -> None:
+    """Refuse two conditions that are one.
+
+    Raises:
+        IdenticalArmsError: Their task, model and module settings are equal, or a seed's final
+            weights are.
+    """
+    parts = ("task", "model", "module")
+    same = [treatment.config.get(part) == control.config.get(part) for part in parts]
+    pair = f"conditions '{treatment.condition}' and '{control.condition}' of {treatment.exp}"
+    if all(same):
+        raise IdenticalArmsError(
+            f"{pair} have equal settings; check `conditions:` in the experiment's YAML and that "
+            "task, model or module reads from it"
+        )
+    finals = {run.seed: run.final_weights for run in control.runs}
+    for run in treatment.runs:
+        if run.final_weights is not None and run.final_weights == finals.get(run.seed):
+            raise IdenticalArmsError(
+                f"{pair} ended with equal weights at seed {run.seed} ({run.final_weights}); "
+                "the condition changed nothing"
+            )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One number a seed.
+
+    Attributes:
+        arm: Where they come from.
+        seeds: One a unit.
+        run_ids: One a unit.
+        values: One a unit; the numerator where the claim is about a ratio of sums.
+        censored: Whether the value is a time that had not come to its event.
+        denominators: Of a ratio of sums, else None.
+        undefined: Why a seed has no number, by seed.
+    """
+
+    arm: Arm
+    seeds: tuple[int, ...]
+    run_ids: tuple[str, ...]
+    values: np.ndarray
+    censored: np.ndarray
+    denominators: np.ndarray | None = None
+    undefined: dict[int, str] = field(default_factory=dict)
+
+    def at(self, seeds: Sequence[int]) -> Sample:
+        """The same, for these seeds only, in their order."""
+        order = [self.seeds.index(seed) for seed in seeds]
+        return Sample(
+            self.arm,
+            tuple(seeds),
+            tuple(self.run_ids[i] for i in order),
+            self.values[order],
+            self.censored[order],
+            None if self.denominators is None else self.denominators[order],
+            self.undefined,
+        )
+
+
+def summarise(claim: Claim, arm: Arm) -> Sample:
+    """Reduce every finished run of an arm to the number that a claim is about."""
+    assert claim.estimand is not None
+    summary = summaries.parse(claim.estimand.summary)
+    found: dict[RunView, tuple[float, bool, float]] = {}
+    undefined: dict[int, str] = {}
+    for run in arm.runs:
+        try:
+            curve = None
+            if claim.select is not None:
+                select = claim.select.model_dump()
+                curve = run.curve(select.pop("metric"), split=claim.estimand.split, **select)
+            value = summary(run, curve)
+        except UndefinedError as error:
+            undefined[run.seed] = str(error)
+            continue
+        match value:
+            case Time():
+                found[run] = (value.step, value.censored, 1.0)
+            case (numerator, denominator):
+                found[run] = (numerator, False, denominator)
+            case _:
+                found[run] = (value, False, 1.0)
+    columns = np.array(list(found.values()), dtype=float).reshape(-1, 3)
+    return Sample(
+        arm,
+        tuple(run.seed for run in found),
+        tuple(run.run_id for run in found),
+        columns[:, 0],
+        columns[:, 1].astype(bool),
+        columns[:, 2] if claim.estimand.of == "kappa" else None,
+        undefined,
+    )
+
+
+def pair(left: Sample, right: Sample) -> tuple[Sample, Sample]:
+    """Both samples at the seeds that both have, in order."""
+    seeds = sorted(set(left.seeds) & set(right.seeds))
+    return left.at(seeds), right.at(seeds)

@@ -1,0 +1,209 @@
+"""From one number a seed to an estimate, its interval and one-sided tests against any bound."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from allostasis.analysis import statistics as st
+from allostasis.analysis.aggregate import Sample
+from allostasis.analysis.claims import Claim
+from allostasis.analysis.curves import UndefinedError
+from allostasis.analysis.intervals import Interval
+
+BOOTSTRAP_FROM = 50  # units: below, BCa covers less than t
+RATIO_BOOTSTRAP_FROM = 100
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What the units say about an estimand.
+
+    Attributes:
+        estimate: None where a median was not reached.
+        n: Units.
+        interval: Interval at a level.
+        above: One-sided p of "at most the bound".
+        below: One-sided p of "at least the bound".
+        effect: Standardised distance from the bound, where units have a spread.
+        sd: Standard deviation between units, on the scale of the test.
+        beside: What is printed beside it and decides nothing, by name.
+    """
+
+    estimate: float | None
+    n: int
+    interval: Callable[[float], Interval]
+    above: Callable[[float], float]
+    below: Callable[[float], float]
+    effect: st.Effect | None = None
+    sd: float | None = None
+    beside: dict[str, str] = field(default_factory=dict)
+
+
+def generator(claim_id: str) -> np.random.Generator:
+    """A claim's own stream of randomness, so that a report is the same when it is made again."""
+    digest = hashlib.sha256(f"{claim_id}:bootstrap".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
+def infer(claim: Claim, treatment: Sample, control: Sample | None = None) -> Inference:
+    """Estimate what an atom is about.
+
+    Raises:
+        UndefinedError: The units do not define it; the message is the reason.
+    """
+    assert claim.estimand is not None
+    values = treatment.values
+    if not len(values):
+        reasons = "; ".join(f"seed {s}: {r}" for s, r in treatment.undefined.items())
+        raise UndefinedError(reasons or "no finished run")
+    match claim.estimand.of:
+        case "proportion" | "unanimous":
+            return proportion(values, unanimous=claim.estimand.of == "unanimous")
+        case "median_time":
+            return median_time(values, treatment.censored)
+        case "kappa":
+            assert treatment.denominators is not None
+            return ratio_of_sums(values, treatment.denominators, generator(claim.id))
+        case "log_ratio":
+            others = control.values if control is not None else np.ones_like(values)
+            return log_ratio(values / others, _bound(claim), generator(claim.id))
+        case "paired_difference":
+            assert control is not None
+            return mean(values - control.values, _bound(claim), generator(claim.id))
+        case "difference":
+            assert control is not None
+            return difference(values, control.values, generator(claim.id))
+        case "mean":
+            return mean(values, _bound(claim), generator(claim.id))
+
+
+def _bound(claim: Claim) -> float:
+    """The bound from which an effect size is told: the nearer end means nothing, so the middle."""
+    assert claim.bound is not None
+    return float(np.mean(claim.bound))
+
+
+def mean(values: np.ndarray, bound: float, rng: np.random.Generator) -> Inference:
+    """Mean over units: t below 50 of them, BCa from there."""
+    _check_spread(values)
+    n = len(values)
+    effect = st.one_sample_effect(values, bound) if n > 2 else None
+    beside = {"sign-flip p (two-sided)": f"{st.sign_flip(values, bound, rng):.3g}"}
+    sd = float(values.std(ddof=1))
+    if n < BOOTSTRAP_FROM:
+        return Inference(
+            float(values.mean()), n, lambda level: st.t_interval(values, level=level),
+            lambda b: st.t_above(values, b), lambda b: st.t_above(-values, -b),
+            effect, sd, beside,
+        )  # fmt: skip
+    boot = st.Bootstrap((values,), np.mean, rng)
+    return Inference(
+        float(values.mean()), n, boot.interval, boot.p_above, lambda b: 1 - boot.p_above(b),
+        effect, sd, beside,
+    )  # fmt: skip
+
+
+def log_ratio(ratios: np.ndarray, bound: float, rng: np.random.Generator) -> Inference:
+    """Geometric mean of positive ratios: `mean` of their logarithms, printed as a ratio."""
+    if (ratios <= 0).any():
+        raise UndefinedError(f"logarithm of {ratios.min():.3g}, which is not positive")
+    logs = mean(np.log(ratios), float(np.log(bound)), rng)
+    assert logs.estimate is not None
+
+    def interval(level: float) -> Interval:
+        on_logs = logs.interval(level)
+        assert on_logs.low is not None
+        assert on_logs.high is not None
+        low, high = float(np.exp(on_logs.low)), float(np.exp(on_logs.high))
+        return Interval(low, high, level, f"{on_logs.method} on logarithms")
+
+    return Inference(
+        float(np.exp(logs.estimate)), logs.n, interval,
+        lambda b: logs.above(float(np.log(b))), lambda b: logs.below(float(np.log(b))),
+        logs.effect, logs.sd, logs.beside,
+    )  # fmt: skip
+
+
+def difference(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> Inference:
+    """Difference of the means of two unpaired arms by Welch's t."""
+    _check_spread(left)
+    _check_spread(right)
+    return Inference(
+        float(left.mean() - right.mean()), min(len(left), len(right)),
+        lambda level: st.welch_interval(left, right, level=level),
+        lambda b: st.welch_above(left, right, b), lambda b: st.welch_above(right, left, -b),
+        st.hedges_g(left, right),
+        beside={"permutation p of 0 (two-sided)": f"{st.permutation(left, right, rng):.3g}"},
+    )  # fmt: skip
+
+
+def proportion(hits: np.ndarray, *, unanimous: bool = False) -> Inference:
+    """Share of units with a 1: exact binomial; `unanimous` supports nothing unless all have it."""
+    count, n = int(hits.sum()), len(hits)
+
+    def above(bound: float) -> float:
+        return 1.0 if unanimous and count < n else st.binomial_above(count, n, bound)
+
+    return Inference(
+        count / n, n, lambda level: st.clopper_pearson(count, n, level=level),
+        above, lambda b: st.binomial_above(n - count, n, 1 - b),
+    )  # fmt: skip
+
+
+def median_time(times: np.ndarray, censored: np.ndarray) -> Inference:
+    """Median time to an event: Kaplan-Meier's, tested by signs; its Greenwood interval beside."""
+    curve = st.kaplan_meier(times, censored)
+    greenwood = curve.median_interval()
+    low, high = ("not reached" if x is None else f"{x:g}" for x in (greenwood.low, greenwood.high))
+    return Inference(
+        curve.median, len(times),
+        lambda level: st.median_interval(times, censored, level=level),
+        lambda b: st.median_above(times, b), lambda b: st.median_below(times, censored, b),
+        beside={f"{greenwood.method} 95 % interval of the median": f"[{low}, {high}]"},
+    )  # fmt: skip
+
+
+def ratio_of_sums(
+    numerators: np.ndarray, denominators: np.ndarray, rng: np.random.Generator
+) -> Inference:
+    """Ratio of sums over units, kappa among them: Fieller below 100 units, BCa from there.
+
+    Raises:
+        UndefinedError: The denominator's 95 % interval contains 0.
+    """
+    _check_spread(numerators - numerators.sum() / denominators.sum() * denominators)
+    n = len(numerators)
+    st.fieller(numerators, denominators)
+    both = {
+        "change of the numerator (mean)": f"{numerators.mean():+.4g}",
+        "change of the denominator (mean)": f"{denominators.mean():+.4g}",
+    }
+    estimate = float(numerators.sum() / denominators.sum())
+    if n < RATIO_BOOTSTRAP_FROM:
+        return Inference(
+            estimate, n,
+            lambda level: st.fieller(numerators, denominators, level=level),
+            lambda b: st.ratio_above(numerators, denominators, b),
+            lambda b: st.ratio_above(-numerators, denominators, -b),
+            sd=float((numerators - estimate * denominators).std(ddof=1) / abs(denominators.mean())),
+            beside=both,
+        )  # fmt: skip
+
+    def statistic(num: np.ndarray, den: np.ndarray, axis: int = -1) -> np.ndarray:
+        return num.sum(axis=axis) / den.sum(axis=axis)
+
+    boot = st.Bootstrap((numerators, denominators), statistic, rng)
+    return Inference(
+        estimate, n, boot.interval, boot.p_above, lambda b: 1 - boot.p_above(b), beside=both
+    )
+
+
+def _check_spread(values: np.ndarray) -> None:
+    if len(values) == 1:
+        raise UndefinedError("one unit has no interval")
+    if np.ptp(values) == 0:
+        raise UndefinedError("ci_degenerate: all units are equal, so their spread is 0")

@@ -1,0 +1,121 @@
+"""Time to an event that some runs do not live to see (right-censored)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from allostasis.analysis.curves import UndefinedError
+from allostasis.analysis.intervals import Interval
+
+
+@dataclass(frozen=True)
+class KaplanMeier:
+    """Share of runs in which the event has not come, over time.
+
+    Attributes:
+        times: Event times, increasing.
+        survival: Share still without the event right after each.
+        variance: Greenwood's sum d / (n (n - d)) up to each; meaningless where survival is 0.
+    """
+
+    times: np.ndarray
+    survival: np.ndarray
+    variance: np.ndarray
+
+    def band(self, *, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Log-log Greenwood band where it is defined, that is where 0 < survival < 1.
+
+        survival ** exp(± z sqrt(variance) / log(survival)).
+
+        Returns:
+            Times, lower and upper limit of the survival right after each.
+        """
+        inside = (self.survival > 0) & (self.survival < 1)
+        survival, variance = self.survival[inside], self.variance[inside]
+        spread = stats.norm.ppf((1 + level) / 2) * np.sqrt(variance) / np.abs(np.log(survival))
+        low, high = survival ** np.exp(spread), survival ** np.exp(-spread)
+        return self.times[inside], low, high
+
+    @property
+    def median(self) -> float | None:
+        """First time at which at most half are still without the event; None: not reached."""
+        return _first(self.times, self.survival <= 0.5)
+
+    def median_interval(self, *, level: float = 0.95) -> Interval:
+        """Times at which the band contains one half."""
+        times, low, high = self.band(level=level)
+        return Interval(
+            _first(times, low <= 0.5), _first(times, high <= 0.5), level, "log-log Greenwood"
+        )
+
+    def restricted_mean(self, until: float) -> tuple[float, float]:
+        """Mean time to the event, times beyond `until` counted as `until`.
+
+        The integral of the survival from 0 to `until`, and its standard error.
+        """
+        early = self.times < until
+        edges = np.concatenate([[0.0], self.times[early], [until]])
+        heights = np.concatenate([[1.0], self.survival[early]])
+        areas = heights * np.diff(edges)
+        left = areas[::-1].cumsum()[::-1][1:]  # area right of each event
+        steps = np.diff(np.concatenate([[0.0], self.variance[early]]))
+        return float(areas.sum()), float(np.sqrt((left**2 * steps).sum()))
+
+
+def _first(times: np.ndarray, holds: np.ndarray) -> float | None:
+    return float(times[holds.argmax()]) if holds.any() else None
+
+
+def kaplan_meier(times: np.ndarray, censored: np.ndarray) -> KaplanMeier:
+    """Kaplan-Meier estimate.
+
+    Args:
+        times: Times to the event, or to the end of the run where censored.
+        censored: Whether the event had not come by then.
+
+    Source:
+        Kaplan & Meier (1958), Nonparametric estimation from incomplete observations,
+        J. Am. Stat. Assoc. 53.
+
+    Example:
+        >>> kaplan_meier(np.array([2.0, 4.0, 5.0]), np.array([False, True, False])).median
+        5.0
+    """
+    events = np.unique(times[~censored])
+    at_risk = (times >= events[:, None]).sum(axis=1)
+    deaths = ((times == events[:, None]) & ~censored).sum(axis=1)
+    survival = np.cumprod(1 - deaths / at_risk)
+    alive = at_risk - deaths
+    variance = np.cumsum(np.where(alive > 0, deaths / (at_risk * np.maximum(alive, 1)), 0.0))
+    return KaplanMeier(events.astype(float), survival, variance)
+
+
+def log_rank(
+    left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
+) -> tuple[float, float]:
+    """Log-rank test of two arms.
+
+    Args:
+        left: Times and whether each is censored.
+        right: The same of the other arm.
+
+    Returns:
+        Signed z (positive where `left` has more events than expected) and two-sided p.
+
+    Raises:
+        UndefinedError: No run of either arm reached the event.
+
+    Source:
+        Mantel (1966), Evaluation of survival data, Cancer Chemother. Rep. 50.
+    """
+    if left[1].all() and right[1].all():
+        raise UndefinedError("no run of either arm reached the event")
+    first, second = (
+        stats.CensoredData(uncensored=times[~censored], right=times[censored])
+        for times, censored in (left, right)
+    )
+    test = stats.logrank(first, second)
+    return float(test.statistic), float(test.pvalue)

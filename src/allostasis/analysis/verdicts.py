@@ -1,0 +1,319 @@
+"""From estimates to verdicts: supported, refuted, equivalent or undecided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from allostasis.analysis import statistics as st
+from allostasis.analysis.aggregate import (
+    Arm,
+    Sample,
+    check_distinct,
+    pair,
+    shown,
+    summarise,
+)
+from allostasis.analysis.claims import Claim, freeze
+from allostasis.analysis.curves import UndefinedError
+from allostasis.analysis.estimands import Inference, generator, infer
+from allostasis.analysis.families import adjusted, family_sizes, seeds_needed
+from allostasis.analysis.intervals import Interval
+
+Word = Literal["supported", "refuted", "equivalent", "undecided"]
+CHANGED = "CHANGED AFTER RUN"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verdict and, in a line, why.
+
+    Attributes:
+        word: The verdict.
+        reason: What decided it, or what is missing for one.
+    """
+
+    word: Word
+    reason: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that a report says about one claim.
+
+    Levels `q` are p-values on the scale of the claim's alpha: twice a one-sided p, or TOST's p.
+
+    Attributes:
+        claim: The claim.
+        hash: sha256 of the claim as it stands now.
+        verdict: The verdict.
+        treatment: One number a seed; None where nothing could be read.
+        control: The same of the control arm.
+        inference: The estimate; None where it is undefined.
+        interval: At 1 - alpha.
+        inner: At 1 - 2 alpha, for claims of equality and of negligible effects.
+        p_support: One-sided p of "on the wrong side of the bound".
+        p_refute: One-sided p of "as claimed".
+        q_support: `p_support` on alpha's scale, Holm-adjusted in the family.
+        q_refute: `p_refute`, likewise.
+        family_size: Members of the family: compounds and atoms that belong to none.
+        seeds_needed: Least units with which the test can decide; None for a compound.
+        seeds_for_power: Units for 0.8 power at the registered effect; None: no such effect.
+        changed: Runs that froze this claim otherwise, or not at all.
+        atoms: Results of a compound's atoms.
+    """
+
+    claim: Claim
+    hash: str
+    verdict: Verdict
+    treatment: Sample | None = None
+    control: Sample | None = None
+    inference: Inference | None = None
+    interval: Interval | None = None
+    inner: Interval | None = None
+    p_support: float | None = None
+    p_refute: float | None = None
+    q_support: float | None = None
+    q_refute: float | None = None
+    family_size: int = 1
+    seeds_needed: int | None = None
+    seeds_for_power: int | None = None
+    changed: tuple[str, ...] = ()
+    atoms: tuple[Result, ...] = field(default=())
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Runs whose rows the numbers come from."""
+        samples = [sample for sample in (self.treatment, self.control) if sample is not None]
+        return tuple(run for sample in samples for run in sample.run_ids)
+
+
+def rule(
+    claim: Claim,
+    *,
+    q_support: float,
+    q_refute: float,
+    interval: Interval | None,
+    inner: Interval | None,
+) -> Verdict:
+    """The verdict on an atom whose preconditions are met.
+
+    Args:
+        claim: The atom.
+        q_support: Level of the test that supports it, on alpha's scale, adjusted.
+        q_refute: Level of the test that refutes it.
+        interval: At 1 - alpha, for the reason.
+        inner: At 1 - 2 alpha, for `negligible`.
+    """
+    around = "" if interval is None else f" ({_written(interval)})"
+    if q_support < claim.alpha:
+        word: Word = "equivalent" if claim.test == "tost" else "supported"
+        return Verdict(word, f"the test excludes the other side of the bound{around}")
+    if q_refute < claim.alpha:
+        return Verdict("refuted", f"the test excludes what is claimed{around}")
+    if claim.negligible is not None and inner is not None and isinstance(claim.bound, float):
+        low, high = claim.bound - claim.negligible, claim.bound + claim.negligible
+        if inner.within(low, high):
+            reason = f"within {claim.negligible:g} of the bound, which is negligible"
+            return Verdict("equivalent", f"{reason} ({_written(inner)})")
+    return Verdict("undecided", f"neither side of the bound is excluded{around}")
+
+
+def _written(interval: Interval) -> str:
+    low, high = ("not reached" if x is None else f"{x:.4g}" for x in (interval.low, interval.high))
+    return f"{interval.level:.0%} interval [{low}, {high}]"
+
+
+def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
+    """Judge an experiment's claims on its arms.
+
+    Args:
+        claims: In file order: atoms and preconditions stand before those that name them.
+        arms: Of one experiment.
+
+    Returns:
+        One result a claim, in order.
+
+    Raises:
+        IdenticalArmsError: A claim compares two conditions that are one.
+    """
+    hashes = freeze(list(claims))["hashes"]
+    measured = {c.id: _measure(c, arms, hashes[c.id]) for c in claims if not c.all_of}
+    q_support = adjusted(claims, {k: _q(r, "p_support") for k, r in measured.items()}, max)
+    q_refute = adjusted(claims, {k: _q(r, "p_refute") for k, r in measured.items()}, min)
+    sizes = family_sizes(claims)
+    results: dict[str, Result] = {}
+    for claim in claims:
+        if claim.all_of:
+            atoms = tuple(results[name] for name in claim.all_of)
+            result = Result(claim, hashes[claim.id], conjunction(atoms), atoms=atoms)
+            result = replace(result, changed=_changed(claim, hashes[claim.id], _arms_of(atoms)))
+        else:
+            result = replace(
+                measured[claim.id],
+                q_support=q_support.get(claim.id),
+                q_refute=q_refute.get(claim.id),
+                seeds_needed=seeds_needed(claim, sizes[claim.family]),
+            )
+            result = replace(result, verdict=_decide(result))
+        result = replace(result, family_size=sizes[claim.family])
+        if result.verdict.word == "undecided" and result.inference is not None:
+            result = replace(result, seeds_for_power=_seeds_for_power(result))
+        results[claim.id] = _conditional(result, results)
+    return list(results.values())
+
+
+def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
+    """Estimate and test an atom; where it is undefined, the verdict says why."""
+    assert claim.arms is not None
+    result = Result(claim, digest, Verdict("undecided", ""))
+    try:
+        arm = shown(arms, claim.arms.treatment, claim.settings)
+        treatment, control, used = summarise(claim, arm), None, [arm]
+        if claim.arms.control is not None:
+            same_device = [other for other in arms if other.device == arm.device]
+            used.append(shown(same_device, claim.arms.control, claim.settings))
+            check_distinct(*used)
+            control = summarise(claim, used[1])
+            if claim.estimand is not None and claim.estimand.of != "difference":
+                treatment, control = pair(treatment, control)
+        changed = _changed(claim, digest, used)
+        result = replace(result, treatment=treatment, control=control, changed=changed)
+        for side in used:
+            if side.is_inert():
+                raise UndefinedError(
+                    f"seeds_inert: all {len(side.runs)} seeds of {side.name} gave the same "
+                    "readings, so they count as one"
+                )
+        inference = infer(claim, treatment, control)
+    except UndefinedError as error:
+        return replace(result, verdict=Verdict("undecided", str(error)))
+    p_support, p_refute = _p(claim, inference)
+    return replace(
+        result,
+        inference=inference,
+        interval=_interval(inference, 1 - claim.alpha),
+        inner=_interval(inference, 1 - 2 * claim.alpha),
+        p_support=p_support,
+        p_refute=p_refute,
+    )
+
+
+def _interval(inference: Inference, level: float) -> Interval | None:
+    try:
+        return inference.interval(level)
+    except UndefinedError:
+        return None
+
+
+def _p(claim: Claim, inference: Inference) -> tuple[float, float]:
+    """One-sided p-values for and against a claim."""
+    match claim.direction, claim.bound:
+        case "greater", float(bound):
+            return inference.above(bound), inference.below(bound)
+        case "less", float(bound):
+            return inference.below(bound), inference.above(bound)
+        case "inside", (low, high):
+            inside = max(inference.above(low), inference.below(high))
+            return inside, min(inference.below(low), inference.above(high))
+        case "outside", (low, high):
+            inside = max(inference.above(low), inference.below(high))
+            return min(inference.below(low), inference.above(high)), inside
+        case _:
+            raise AssertionError(f"{claim.id}: the schema admits no such bound")
+
+
+def _q(result: Result, which: Literal["p_support", "p_refute"]) -> float:
+    """A p-value on alpha's scale; 1 where there is none, so that a family keeps its size."""
+    p = getattr(result, which)
+    if p is None:
+        return 1.0
+    both_sides_shown = result.claim.direction == "inside" and which == "p_support"
+    return p if both_sides_shown else min(1.0, 2 * p)
+
+
+def _decide(result: Result) -> Verdict:
+    """Preconditions of an atom's own, then the rule."""
+    claim, inference = result.claim, result.inference
+    if inference is None:
+        return result.verdict
+    assert result.seeds_needed is not None
+    assert result.q_support is not None
+    assert result.q_refute is not None
+    if inference.n < claim.min_seeds:
+        return Verdict("undecided", f"{inference.n} of {claim.min_seeds} seeds")
+    verdict = rule(
+        claim,
+        q_support=result.q_support,
+        q_refute=result.q_refute,
+        interval=result.interval,
+        inner=result.inner,
+    )
+    if verdict.word == "undecided" and inference.n < result.seeds_needed:
+        reason = (
+            f"the test cannot support it with {inference.n} seeds in a family of its size; "
+            f"{result.seeds_needed} seeds could"
+        )
+        return Verdict("undecided", reason)
+    return verdict
+
+
+def _conditional(result: Result, earlier: Mapping[str, Result]) -> Result:
+    """Withhold a verdict whose precondition is not supported or whose claim changed."""
+    if result.changed and result.verdict.word != "undecided":
+        reason = f"{CHANGED}: exploratory ({result.verdict.word} as it stands now)"
+        return replace(result, verdict=Verdict("undecided", reason))
+    unmet = [n for n in result.claim.requires if earlier[n].verdict.word not in POSITIVE]
+    if unmet and result.verdict.word != "undecided":
+        reason = "; ".join(f"requires {n}, which is {earlier[n].verdict.word}" for n in unmet)
+        reason = f"{reason} (on its own: {result.verdict.word})"
+        return replace(result, verdict=Verdict("undecided", reason))
+    return result
+
+
+POSITIVE = ("supported", "equivalent")
+
+
+def conjunction(atoms: Sequence[Result]) -> Verdict:
+    """Supported where all atoms are, refuted where any is, else undecided."""
+    words = {atom.claim.id: atom.verdict.word for atom in atoms}
+    against = [name for name, word in words.items() if word == "refuted"]
+    open_ones = [name for name, word in words.items() if word == "undecided"]
+    if against:
+        return Verdict("refuted", f"refuted: {', '.join(against)}")
+    if open_ones:
+        reasons = [f"{a.claim.id}: {a.verdict.reason}" for a in atoms if a.claim.id in open_ones]
+        return Verdict("undecided", "; ".join(reasons))
+    return Verdict("supported", f"all of {', '.join(words)}")
+
+
+def _changed(claim: Claim, digest: str, arms: Sequence[Arm]) -> tuple[str, ...]:
+    runs = [run for arm in arms for run in arm.runs]
+    return tuple(r.run_id for r in runs if (r.run.get("claims") or {}).get(claim.id) != digest)
+
+
+def _arms_of(results: Sequence[Result]) -> list[Arm]:
+    samples = [s for r in results for s in (r.treatment, r.control) if s is not None]
+    nested = [arm for result in results for arm in _arms_of(result.atoms)]
+    return [sample.arm for sample in samples] + nested
+
+
+def _seeds_for_power(result: Result) -> int | None:
+    """Units for 0.8 power at the registered effect and the observed spread.
+
+    The registered effect is `negligible` beyond the bound, or the middle of the bounds; without
+    either there is none. Shares and medians have no spread to plan with.
+    """
+    claim, inference = result.claim, result.inference
+    if inference is None or inference.sd is None:
+        return None
+    if claim.estimand is None or claim.estimand.of == "log_ratio":
+        return None
+    rng = generator(claim.id)
+    if isinstance(claim.bound, tuple) and claim.direction == "inside":
+        half = (claim.bound[1] - claim.bound[0]) / 2
+        return st.seeds_for_power(0.0, rng, sd=inference.sd, alpha=claim.alpha, half_width=half)
+    if claim.negligible is not None:
+        return st.seeds_for_power(claim.negligible, rng, sd=inference.sd, alpha=claim.alpha)
+    return None

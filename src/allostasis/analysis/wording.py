@@ -1,0 +1,213 @@
+"""What the report says about a claim, line by line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from allostasis.analysis import summaries
+from allostasis.analysis.aggregate import Arm, Sample
+from allostasis.analysis.claims import Claim
+from allostasis.analysis.tables import bracket, number
+from allostasis.analysis.verdicts import CHANGED, Result
+
+OF = {
+    "mean": "mean over seeds of",
+    "difference": "difference of means over seeds of",
+    "paired_difference": "mean difference, paired by seed, of",
+    "log_ratio": "geometric mean over seeds of",
+    "proportion": "share of seeds with",
+    "unanimous": "share of seeds (all needed) with",
+    "median_time": "median over seeds of",
+    "kappa": "ratio of sums over seeds (kappa) of",
+}
+TESTS = {
+    "t": "one-sided t tests",
+    "tost": "two one-sided t tests (TOST)",
+    "binomial": "exact binomial tests",
+}
+TESTS_OF = {"median_time": "sign tests of the median", "kappa": "the tests that Fieller inverts"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the report prints of one claim.
+
+    Attributes:
+        result: The result that it words.
+        lines: Pairs of a label and a text.
+        strip: The units' values as text, or none.
+    """
+
+    result: Result
+    lines: tuple[tuple[str, str], ...]
+
+
+def blocks(results: Sequence[Result], arms: Sequence[Arm]) -> list[Block]:
+    """Word every result."""
+    by_id = {result.claim.id: result for result in results}
+    return [Block(result, tuple(_lines(result, by_id, arms))) for result in results]
+
+
+def _lines(
+    result: Result, by_id: Mapping[str, Result], arms: Sequence[Arm]
+) -> list[tuple[str, str]]:
+    claim = result.claim
+    lines = [("source", claim.source), ("status", claim.status)]
+    if claim.all_of:
+        parts = ", ".join(f"{a.claim.id} ({a.verdict.word})" for a in result.atoms)
+        lines.append(("claimed", f"all of {parts}"))
+    else:
+        lines += [("claimed", claimed(claim)), ("definition", definition(claim))]
+        lines += _measured(result)
+    if claim.confounds:
+        lines.append(("confounds", "; ".join(_confounds(claim, arms))))
+    lines += _parametrisation(result)
+    lines += _beside(result, by_id)
+    lines.append(("claim sha256", result.hash))
+    if result.changed:
+        lines.append((CHANGED, f"these runs froze another text of it: {', '.join(result.changed)}"))
+    return lines
+
+
+def claimed(claim: Claim) -> str:
+    """The registered estimand, bound and test in a sentence."""
+    assert claim.estimand is not None
+    assert claim.arms is not None
+    estimand = claim.estimand
+    metric = "" if claim.select is None else f" of {claim.select.metric}"
+    split = "" if estimand.split is None or claim.select is None else f" ({estimand.split})"
+    arms = claim.arms.treatment
+    if claim.arms.control is not None:
+        arms += f" against {claim.arms.control}"
+    bound = list(claim.bound) if isinstance(claim.bound, tuple) else [claim.bound]
+    written = " to ".join(number(x) for x in bound)
+    where = {"greater": "greater than", "less": "less than"}.get(
+        claim.direction or "", claim.direction
+    )
+    settings = ", ".join(f"{key}={value}" for key, value in claim.settings.items())
+    return (
+        f"{OF[estimand.of]} {estimand.summary}{metric}{split} in {arms}: {where} {written}"
+        + (f", differences under {number(claim.negligible)} negligible" if claim.negligible else "")
+        + f"; level {claim.alpha:g}, at least {claim.min_seeds} seeds"
+        + (f"; at {settings}" if settings else "")
+    )
+
+
+def definition(claim: Claim) -> str:
+    """What the claim's summary is, from its own docstring."""
+    assert claim.estimand is not None
+    text = inspect.getdoc(summaries.parse(claim.estimand.summary).function) or ""
+    return " ".join(text.partition("\n\nReturns:")[0].split())
+
+
+def _measured(result: Result) -> list[tuple[str, str]]:
+    claim, inference = result.claim, result.inference
+    assert claim.estimand is not None
+    lines: list[tuple[str, str]] = []
+    if inference is not None:
+        measured = number(inference.estimate)
+        for interval in (result.interval, result.inner if claim.direction == "inside" else None):
+            if interval is not None:
+                measured += f", {interval.level:.0%} {bracket(interval)} ({interval.method})"
+        lines.append(("measured", measured))
+    for role, sample in (("units", result.treatment), ("control", result.control)):
+        if sample is not None:
+            lines.append((role, _units(sample)))
+    if inference is not None:
+        test = TESTS_OF.get(claim.estimand.of, TESTS[claim.test or "t"])
+        lines.append((
+            "test",
+            f"{test}: p_support {result.p_support:.3g}, p_refute {result.p_refute:.3g}; "
+            f"on the level's scale, Holm over {result.family_size} of family "
+            f"'{claim.family}': {result.q_support:.3g} and {result.q_refute:.3g} "
+            f"against {claim.alpha:g}",
+        ))
+        if inference.effect is not None:
+            g = inference.effect
+            lines.append((
+                "effect size",
+                f"g = {number(g.g)} {bracket(g.interval)} ({g.interval.method}), "
+                f"d = {number(g.d)}; distance from the bound in SD between seeds",
+            ))
+        lines += inference.beside.items()
+        if result.seeds_needed is not None and inference.n < result.seeds_needed:
+            lines.append((
+                "minimum seeds",
+                f"{result.seeds_needed} seeds are the least that could support it; "
+                f"there are {inference.n}",
+            ))
+        if result.seeds_for_power is not None:
+            lines.append((
+                "seeds for 0.8 power",
+                f"{result.seeds_for_power} at the registered effect and the observed spread",
+            ))
+    return lines
+
+
+def _units(sample: Sample) -> str:
+    n, censored = len(sample.seeds), int(sample.censored.sum())
+    values = ", ".join(
+        f"{seed}: {'> ' if late else ''}{number(value)}"
+        for seed, value, late in zip(sample.seeds, sample.values, sample.censored, strict=True)
+    )
+    if sample.denominators is not None:
+        pairs = zip(sample.seeds, sample.values, sample.denominators, strict=True)
+        values = ", ".join(f"{seed}: {number(a)} / {number(b)}" for seed, a, b in pairs)
+    text = f"{n} seeds of {sample.arm.name}, a unit is one seed (one model)"
+    text += f"; {censored} censored" if censored else ""
+    text += f"; by seed {values}" if values else ""
+    reasons = [f"seed {seed}: {reason}" for seed, reason in sample.undefined.items()]
+    reasons += list(sample.arm.left_out.values())
+    return f"{text}; left out: {'; '.join(reasons)}" if reasons else text
+
+
+def _confounds(claim: Claim, arms: Sequence[Arm]) -> list[str]:
+    run = {arm.condition for arm in arms if arm.runs}
+    words = []
+    for name, arm in claim.confounds.items():
+        plain = name.replace("_", " ")
+        if arm is None:
+            words.append(f"{plain}: not excluded")
+        elif arm in run:
+            words.append(f"{plain}: excluded by {arm}")
+        else:
+            words.append(f"{plain}: not excluded (arm '{arm}' was not run)")
+    return words
+
+
+def _parametrisation(result: Result) -> list[tuple[str, str]]:
+    if result.claim.select is None or result.treatment is None or not result.treatment.arm.runs:
+        return []
+    metric = result.claim.select.metric
+    about = (result.treatment.arm.runs[0].run.get("metrics") or {}).get(metric.partition(".")[0], {})
+    if about.get("functional", True):
+        return []
+    text = f"{metric} depends on parametrisation: models that compute the same can differ in it"
+    return [("parametrisation", text)]
+
+
+def _beside(result: Result, by_id: Mapping[str, Result]) -> list[tuple[str, str]]:
+    """The source's own number beside the corrected one, and the other way round."""
+    base = result.claim.id.partition(".")[0]
+    status = result.claim.status
+    twins = [
+        other
+        for other in by_id.values()
+        if other.claim.id.partition(".")[0] == base
+        and other is not result
+        and other.inference is not None
+        and "corrected" in {status, other.claim.status} | {_kind(other), _kind(result)}
+        and not result.claim.all_of
+    ]
+    words = [
+        f"{t.claim.id} ({_kind(t)}) {number(t.inference.estimate)}, {t.verdict.word}"
+        for t in twins
+        if t.inference is not None
+    ]
+    return [("beside it", "; ".join(words))] if words else []
+
+
+def _kind(result: Result) -> str:
+    return "as published" if result.claim.id.endswith(".published") else result.claim.status

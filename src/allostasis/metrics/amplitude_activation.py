@@ -1,0 +1,128 @@
+"""Activation amplitude (A): the root-mean-square size of the residual stream."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from allostasis.metrics.base import Mean, Metric, Place, Snapshot, invariant, precise
+
+CELLS_PER_OCTAVE = 128
+SMALLEST_OCTAVE, LARGEST_OCTAVE = -16, 32
+INERT = "amplitude cannot move here: the site is a norm's output"
+
+
+def amplitude_activation(resid: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens"]:
+    """Root mean square over features of each token's residual vector.
+
+    ||r|| / sqrt(d)
+
+    Args:
+        resid: Residual stream at a site that no norm has just passed.
+
+    Returns:
+        Residual units, >= 0. High: large activations. It can be compared across widths.
+
+    Source:
+        The Conservation of Separability v2.1, per feature and at a site where it can move.
+
+    Example:
+        >>> amplitude_activation(torch.full((1, 4), 3.0)).item()
+        3.0
+    """
+    return resid.norm(dim=-1) / math.sqrt(resid.shape[-1])
+
+
+def _cells(amplitude: Float[Tensor, " tokens"]) -> Float[Tensor, "2 cells"]:
+    smallest, largest = 2.0**SMALLEST_OCTAVE, 2.0**LARGEST_OCTAVE
+    octave = amplitude.clamp(smallest, largest).log2() - SMALLEST_OCTAVE
+    n_cells = (LARGEST_OCTAVE - SMALLEST_OCTAVE) * CELLS_PER_OCTAVE + 1
+    cell = (octave * CELLS_PER_OCTAVE).long()
+    rows = torch.stack([torch.ones_like(amplitude), amplitude])
+    return rows.new_zeros(2, n_cells).index_add_(1, cell, rows)
+
+
+def _quantile(cells: Float[Tensor, "2 cells"], share: float) -> Float[Tensor, ""]:
+    n = cells[0].long()
+    rank = (share * n.sum()).ceil().long().clamp(min=1)
+    cell = torch.searchsorted(n.cumsum(0), rank)
+    return cells[1, cell] / cells[0, cell]
+
+
+class AmplitudeActivation(Metric):
+    """Mean amplitude over tokens at each layer's `hook_resid_post`.
+
+    Where that site is a norm's output, amplitude cannot move there, and only `published` is given.
+
+    Parts:
+        mid: The same mean at `hook_resid_mid`, between attention and MLP.
+        median: Median over tokens, as the mean of the histogram cell (1/128 octave) that holds it.
+        p99: 99th percentile over tokens, likewise.
+        max_share: Mean over tokens of max_i r_i^2 / ||r||^2, the share of the largest feature, in
+            [1/d, 1]; tokens whose vector is 0 are left out.
+        at_answer: Mean over examples at the readout position alone.
+        published: Mean of ||r|| over tokens. At a norm's output it is sqrt(d) times the gain
+            whatever happens, and it grows with sqrt(d), so that widths cannot be compared.
+    """
+
+    symbol = "A"
+    unit = "resid"
+    needs = ("blocks.*.hook_resid_mid", "blocks.*.hook_resid_post")
+    axes = ("layer",)
+    parts = ("mid", "median", "p99", "max_share", "at_answer", "published")
+    part_units = {"max_share": "1"}
+    audit_key = "A_activation"
+    scale_law = {
+        **invariant("vo", "qk", "relu", "gain", "rotation"),
+        "resid": 1,
+        "stream": 1,
+        "max_share.resid": "invariant",
+        "max_share.stream": "invariant",
+        "max_share.rotation": "changes",
+    }
+    functional = False
+    direction = "high: large activations; no value is better"
+    source = "The Conservation of Separability v2.1, per feature and at a site where it can move"
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Add the tokens of a snapshot."""
+        for layer, resid in snapshot.layers("hook_resid_mid"):
+            amplitude = amplitude_activation(precise(resid))
+            is_free = f"blocks.{layer}.hook_resid_mid" not in snapshot.normalised_sites
+            self._add("mid", layer, amplitude.mean(), n=amplitude.numel() * is_free)
+        for layer, resid in snapshot.layers("hook_resid_post"):
+            tokens = precise(resid)
+            amplitude = amplitude_activation(tokens)
+            is_free = f"blocks.{layer}.hook_resid_post" not in snapshot.normalised_sites
+            n, n_examples = amplitude.numel() * is_free, len(tokens) * is_free
+            self._add("", layer, amplitude.mean(), n=n)
+            self._add("at_answer", layer, amplitude[:, snapshot.readout].mean(), n=n_examples)
+            self._add_max_share(layer, tokens, amplitude, is_free=is_free)
+            self.accumulate("cells", _cells(amplitude.flatten()) * is_free, layer=layer)
+            norm = amplitude.mean() * math.sqrt(tokens.shape[-1])
+            self.add(norm, n=amplitude.numel(), part="published", layer=layer)
+
+    def _add_max_share(
+        self, layer: int, tokens: Tensor, amplitude: Tensor, *, is_free: bool
+    ) -> None:
+        moving = amplitude > 0
+        share = tokens.abs().amax(dim=-1)[moving] / amplitude[moving]
+        self.add(
+            share.square().mean() / tokens.shape[-1],
+            n=moving.sum() * is_free,
+            part="max_share",
+            layer=layer,
+            otherwise="every residual vector is 0" if is_free else INERT,
+        )
+
+    def _add(self, part: str, layer: int, value: Tensor, *, n: int) -> None:
+        self.add(value, n=n, part=part, layer=layer, otherwise=INERT)
+
+    def compute(self) -> dict[Place, Mean]:
+        """Give the means, and the quantiles of the histograms."""
+        means = super().compute()
+        for layer, cells in self.kept("cells"):
+            for part, share in (("median", 0.5), ("p99", 0.99)):
+                means[Place(part, layer)] = Mean(_quantile(cells, share), cells[0].sum(), INERT)
+        return means

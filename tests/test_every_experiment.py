@@ -1,0 +1,131 @@
+"""Every experiment in every condition does a short run whose records and report are valid."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from omegaconf import DictConfig
+
+CONF = Path(__file__).parents[1] / "conf"
+SHORT = {"grokking": ["module.max_steps=20"]}
+ARMS = [
+    (path.stem, condition)
+    for path in sorted((CONF / "exp").glob("*.yaml"))
+    for condition in yaml.safe_load(path.read_text())["conditions"]
+]
+
+
+def compose(exp: str, *overrides: str) -> DictConfig:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    from allostasis.core.config import register
+
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        words = [f"exp={exp}", "preset=quick", "threads=1", "device=cpu", *SHORT[exp], *overrides]
+        return hydra_compose("config", words)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    from allostasis.core.config import run_folder
+    from allostasis.run import run
+
+    root = tmp_path_factory.mktemp("runs")
+    folders = {}
+    for exp, condition in ARMS:
+        cfg = compose(exp, f"condition={condition}", "seed=42")
+        folders[exp, condition] = root / run_folder(cfg)
+        run(cfg, folders[exp, condition])
+    return folders
+
+
+@pytest.mark.parametrize(("exp", "condition"), ARMS)
+def test_a_short_run_leaves_complete_records(
+    runs: dict[tuple[str, str], Path], exp: str, condition: str
+) -> None:
+    folder = runs[exp, condition]
+    content = json.loads((folder / "run.json").read_text())
+    assert content["status"] == "done"
+    assert content["error"] is None
+    facts = {
+        "run_id", "commit", "dirty", "versions", "device_resolved", "device_name", "started", "finished",
+        "wall_s", "seed", "config_hash", "claims_hash", "checkpoints", "pip_freeze", "threads",
+    }  # fmt: skip
+    assert facts <= content.keys()
+    assert len(content["claims"]) > 0
+    assert content["checkpoints"].keys() == {"0", "20"}
+    for step, digest in content["checkpoints"].items():
+        weights = (folder / "checkpoints" / f"{step}.safetensors").read_bytes()
+        assert digest == "sha256:" + hashlib.sha256(weights).hexdigest()
+    assert {path.name for path in folder.iterdir()} >= {
+        "run.json", "config.yaml", "claims.json", "metrics.parquet", "times.parquet",
+        "examples.parquet", "audit.json", "checkpoints",
+    }  # fmt: skip
+    assert not (folder / "parts").exists()
+    assert not (folder / "checkpoints" / "resume.ckpt").exists()
+
+
+@pytest.mark.parametrize(("exp", "condition"), ARMS)
+def test_tables_hold_steps_0_and_last_and_layers_from_0(
+    runs: dict[tuple[str, str], Path], exp: str, condition: str
+) -> None:
+    metrics = pd.read_parquet(runs[exp, condition] / "metrics.parquet")
+    assert {0, 20} <= set(metrics["step"])
+    assert set(metrics["layer"].dropna()) == {0}
+    assert set(metrics["head"].dropna()) == {0, 1, 2, 3}
+    assert not metrics.duplicated(["step", "split", "metric", "layer", "head", "position"]).any()
+    symbols = set(metrics["symbol"])
+    assert {"Psi", "G", "A", "sigma2"} <= symbols
+
+
+@pytest.mark.parametrize(("exp", "condition"), ARMS)
+def test_the_log_format_of_the_documents_is_there(
+    runs: dict[tuple[str, str], Path], exp: str, condition: str
+) -> None:
+    log = json.loads((runs[exp, condition] / "audit.json").read_text())
+    assert list(log) == ["metadata", "metrics", "checkpoints", "summary"]
+    assert log["metadata"].keys() == {"experiment", "seed", "start_time", "git_commit"}
+    assert log["metadata"]["experiment"].endswith(condition)
+    keys = {"step", "timestamp", "psi_accuracy", "A_activation", "A_param", "sigma_sq"}
+    assert keys <= log["metrics"][-1].keys()
+    assert log["metrics"][-1]["step"] == 20
+    assert log["summary"]["total_steps"] == 20
+
+
+def test_arms_differ_in_hash_and_final_weights(runs: dict[tuple[str, str], Path]) -> None:
+    contents = [json.loads((folder / "run.json").read_text()) for folder in runs.values()]
+    assert len({content["config_hash"] for content in contents}) == len(contents)
+    assert len({content["checkpoints"]["20"] for content in contents}) == len(contents)
+    # arms of one seed start from the same weights
+    assert len({content["checkpoints"]["0"] for content in contents}) == len({e for e, _ in ARMS})
+
+
+def test_no_record_holds_a_secret(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from allostasis.run import run
+
+    secret = "sk-5f1c" * 4
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    monkeypatch.setenv("HF_TOKEN", secret)
+    cfg = compose("grokking", "task.p=7", "model.d_model=8", "model.d_mlp=8", "task.probe_size=8")
+    run(cfg, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or secret.encode() not in path.read_bytes()
+
+
+def test_both_engines_train_to_the_same_losses(tmp_path: Path) -> None:
+    from allostasis.run import run
+
+    tables = {}
+    for engine in ("structured", "naive"):
+        run(compose("grokking", f"module.engine={engine}", "task.p=23", "task.probe_size=64"), tmp_path / engine)
+        table = pd.read_parquet(tmp_path / engine / "metrics.parquet")
+        picked = table[(table["metric"] == "cross_entropy") & (table["split"] == "train")]
+        tables[engine] = picked.set_index("step")["value"]
+    pd.testing.assert_series_equal(tables["structured"], tables["naive"], rtol=1e-5)
