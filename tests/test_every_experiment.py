@@ -105,9 +105,7 @@ def test_arms_differ_in_hash_and_final_weights(runs: dict[tuple[str, str], Path]
     assert len({content["checkpoints"]["0"] for content in contents}) == len({e for e, _ in ARMS})
 
 
-def test_no_record_holds_a_secret(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_no_record_holds_a_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from allostasis.run import run
 
     secret = "sk-5f1c" * 4
@@ -124,7 +122,10 @@ def test_both_engines_train_to_the_same_losses(tmp_path: Path) -> None:
 
     tables = {}
     for engine in ("structured", "naive"):
-        run(compose("grokking", f"module.engine={engine}", "task.p=23", "task.probe_size=64"), tmp_path / engine)
+        run(
+            compose("grokking", f"module.engine={engine}", "task.p=23", "task.probe_size=64"),
+            tmp_path / engine,
+        )
         table = pd.read_parquet(tmp_path / engine / "metrics.parquet")
         picked = table[(table["metric"] == "cross_entropy") & (table["split"] == "train")]
         tables[engine] = picked.set_index("step")["value"]

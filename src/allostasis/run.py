@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from threadpoolctl import threadpool_limits
 
 
 from allostasis.analysis import claims
@@ -60,7 +61,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         logger = None
         try:
             logger = loggers.build(cfg.logger, identity=identity, folder=folder)
-            facts, status = _work(cfg, folder, file, identity, logger)
+            with threadpool_limits(file.content["threads"], user_api="blas"):
+                facts, status = _work(cfg, folder, file, identity, logger)
         except Interrupted as exception:
             status, error = "interrupted", exception
             raise

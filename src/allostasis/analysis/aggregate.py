@@ -67,6 +67,11 @@ class Arm:
             value = value[key]
         return value
 
+    def times_to(self, event: str) -> tuple[np.ndarray, np.ndarray]:
+        """Step of an event in each run, or its last step, and whether that is censored."""
+        times = [summaries.time_to(run, event) for run in self.runs]
+        return np.array([t.step for t in times]), np.array([t.censored for t in times])
+
     def is_inert(self) -> bool:
         """Whether several seeds gave the same readings, bit by bit: the seed changed nothing."""
         return len(self.runs) > 1 and len({run.fingerprint for run in self.runs}) == 1

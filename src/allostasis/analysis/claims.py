@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -17,6 +18,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from yaml import YAMLError
 
 from allostasis.analysis import summaries
 
@@ -215,22 +217,40 @@ def load(folder: Path, exp: str) -> list[Claim]:
     path = folder / "claims.yaml"
     if not path.is_file():
         return []
-    entries = OmegaConf.to_container(OmegaConf.load(path))
+    claims = read(path.read_text(encoding="utf-8"), origin=str(path))
+    return [claim for claim in claims if claim.exp in {None, exp}]
+
+
+def read(text: str, *, origin: str) -> list[Claim]:
+    """Read claims from YAML.
+
+    Args:
+        text: A list of claims.
+        origin: What errors call it.
+
+    Raises:
+        ClaimError: As for `load`.
+    """
+    try:
+        entries = OmegaConf.to_container(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ClaimError(f"{origin} is no YAML that can be read: {error}") from error
     if not isinstance(entries, list):
-        raise ClaimError(f"{path}: expected a list of claims, got {type(entries).__name__}")
+        raise ClaimError(f"{origin}: expected a list of claims, got {type(entries).__name__}")
     claims: list[Claim] = []
     problems: list[str] = []
     for number, entry in enumerate(entries):
         try:
             claims.append(Claim.model_validate(entry))
         except ValidationError as error:
-            name = entry.get("id", f"number {number + 1}") if isinstance(entry, dict) else number
+            named = entry.get("id") if isinstance(entry, dict) else None
+            name = named or f"claim number {number + 1}"
             problems += [f"{name}: {_explain(problem)}" for problem in error.errors()]
     problems += _cross_check(claims) if not problems else []
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ClaimError(f"{path} has {count}:\n  " + "\n  ".join(problems))
-    return [claim for claim in claims if claim.exp in {None, exp}]
+        raise ClaimError(f"{origin} has {count}:\n  " + "\n  ".join(problems))
+    return claims
 
 
 def _explain(problem: Any) -> str:

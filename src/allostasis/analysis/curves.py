@@ -77,6 +77,7 @@ class RunView:
         self.condition: str = record.run["condition"]
         self.seed: int = record.run["seed"]
         self.status: str = record.run["status"]
+        self._curves: dict[tuple[object, ...], Curve] = {}
 
     @property
     def device(self) -> str:
@@ -159,6 +160,12 @@ class RunView:
             UndefinedError: The run has no such rows.
             ValueError: A step has more than one row, so that something is left to choose.
         """
+        key = (metric, split, *sorted(index.items()))
+        if key not in self._curves:
+            self._curves[key] = self._curve(metric, split, index)
+        return self._curves[key]
+
+    def _curve(self, metric: str, split: str | None, index: Mapping[str, int | None]) -> Curve:
         rows = self.table(metric, split=split)
         for column, wanted in index.items():
             if wanted is not None:
@@ -181,11 +188,11 @@ class RunView:
         rows = self._rows
         scalar = rows[rows[["layer", "head", "position"]].isna().all(axis=1)]
         keys = ["metric", "split", "unit"]
-        for key, group in scalar.groupby(keys, observed=True, dropna=False):
-            metric, split, unit = (None if pd.isna(word) else str(word) for word in key)
+        for _, group in scalar.groupby(keys, observed=True, dropna=False):
             once = group.drop_duplicates("step").sort_values("step", kind="stable")
+            metric, split, unit = once[keys].iloc[0]
             curve = Curve(once["step"].to_numpy(np.int64), once["value"].to_numpy(np.float64))
-            yield str(metric), split, str(unit), curve
+            yield metric, split if isinstance(split, str) else None, unit, curve
 
     def event(self, name: str) -> float | None:
         """Step of an event, or None where it has not come.

@@ -67,10 +67,11 @@ def _effect(difference: float, sd: float, se_of_d: float, df: int, level: float)
 
 def _noncentrality(t: float, df: int, share: float) -> float:
     """The noncentrality at which `share` of the distribution lies below t."""
-    reach = 10 + abs(t)
+    if t < 0:  # far tails of a negative t are not a number in scipy
+        return -_noncentrality(-t, df, 1 - share)
 
     def surplus(delta: float) -> float:
         return float(stats.nct.cdf(t, df, delta)) - share
 
-    root = optimize.root_scalar(surplus, bracket=(t - reach, t + reach), xtol=1e-12)
+    root = optimize.root_scalar(surplus, bracket=(-10.0, 2 * t + 10), xtol=1e-12)
     return float(root.root)

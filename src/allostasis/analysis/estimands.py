@@ -13,6 +13,7 @@ from allostasis.analysis.aggregate import Sample
 from allostasis.analysis.claims import Claim
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.intervals import Interval
+from allostasis.analysis.text import bracket, number
 
 BOOTSTRAP_FROM = 50  # units: below, BCa covers less than t
 RATIO_BOOTSTRAP_FROM = 100
@@ -158,12 +159,11 @@ def median_time(times: np.ndarray, censored: np.ndarray) -> Inference:
     """Median time to an event: Kaplan-Meier's, tested by signs; its Greenwood interval beside."""
     curve = st.kaplan_meier(times, censored)
     greenwood = curve.median_interval()
-    low, high = ("not reached" if x is None else f"{x:g}" for x in (greenwood.low, greenwood.high))
     return Inference(
         curve.median, len(times),
         lambda level: st.median_interval(times, censored, level=level),
         lambda b: st.median_above(times, b), lambda b: st.median_below(times, censored, b),
-        beside={f"{greenwood.method} 95 % interval of the median": f"[{low}, {high}]"},
+        beside={f"{greenwood.method} interval": f"95 %, of the median: {bracket(greenwood)}"},
     )  # fmt: skip
 
 
@@ -179,8 +179,8 @@ def ratio_of_sums(
     n = len(numerators)
     st.fieller(numerators, denominators)
     both = {
-        "change of the numerator (mean)": f"{numerators.mean():+.4g}",
-        "change of the denominator (mean)": f"{denominators.mean():+.4g}",
+        "change of the numerator (mean)": f"{number(float(numerators.mean()))}",
+        "change of the denominator (mean)": f"{number(float(denominators.mean()))}",
     }
     estimate = float(numerators.sum() / denominators.sum())
     if n < RATIO_BOOTSTRAP_FROM:

@@ -143,7 +143,10 @@ def spearman_velocity_published(curve: Curve, run: RunView) -> float:
 
 
 def spearman_velocity_uniform(curve: Curve, run: RunView) -> float:
-    """The same on a uniform grid of steps, as coarse as the coarsest cadence in the window."""
+    """Spearman correlation of the velocities of test accuracy and of the metric.
+
+    Over the transition, on a uniform grid of steps as coarse as the coarsest cadence in it.
+    """
     accuracy, values = run.over_transition(curve)
     return rank_correlation(np.gradient(accuracy), np.gradient(values))[0]
 

@@ -1,8 +1,7 @@
-"""Tables of the report and how its numbers are written."""
+"""Tables of the report."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +10,8 @@ import numpy as np
 from allostasis.analysis import statistics as st
 from allostasis.analysis.aggregate import Arm
 from allostasis.analysis.curves import UndefinedError
-from allostasis.analysis.intervals import Interval
 from allostasis.analysis.summaries import final
+from allostasis.analysis.text import bracket, number
 
 
 @dataclass(frozen=True)
@@ -32,25 +31,6 @@ class Table:
     note: str = ""
 
 
-def number(value: float | None, *, missing: str = "not reached") -> str:
-    """A number with four significant digits; whole numbers whole.
-
-    Example:
-        >>> number(9750.0), number(-0.30512), number(0.0000123), number(None)
-        ('9750', '-0.3051', '1.23e-05', 'not reached')
-    """
-    if value is None:
-        return missing
-    if float(value).is_integer() and abs(value) < 1e9:
-        return str(int(value))
-    return f"{value:.4g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
-
-
-def bracket(interval: Interval) -> str:
-    """An interval as [low, high]."""
-    return f"[{number(interval.low)}, {number(interval.high)}]"
-
-
 def event_table(arms: Sequence[Arm], events: Sequence[str]) -> Table:
     """When each run's events came; a run that ended before one is censored there."""
     rows = []
@@ -61,13 +41,16 @@ def event_table(arms: Sequence[Arm], events: Sequence[str]) -> Table:
             rows.append((arm.condition, str(run.seed), *cells, str(run.last_step), run.run_id))
     columns = ("condition", "seed", *events, "last step", "run")
     return Table(
-        "When each phase began", columns, tuple(rows), "> means censored: not reached by then."
+        "When each phase began",
+        columns,
+        tuple(rows),
+        "A number after > is the last step of a run that did not get there (censored).",
     )
 
 
 def survival_table(arms: Sequence[Arm], event: str) -> Table:
     """Kaplan-Meier median, restricted mean to the common end and log-rank of the first two arms."""
-    samples = {arm.condition: _times(arm, event) for arm in arms}
+    samples = {arm.condition: arm.times_to(event) for arm in arms}
     until = min(times.max() for times, _ in samples.values())
     rows = []
     for condition, (times, censored) in samples.items():
@@ -92,40 +75,29 @@ def survival_table(arms: Sequence[Arm], event: str) -> Table:
     return Table(f"Steps to {event}", heads, tuple(rows), note)
 
 
-def _times(arm: Arm, event: str) -> tuple[np.ndarray, np.ndarray]:
-    steps = [run.event(event) for run in arm.runs]
-    ends = [run.last_step if s is None else s for run, s in zip(arm.runs, steps, strict=True)]
-    return np.array(ends, dtype=float), np.array([step is None for step in steps])
-
-
-def exploratory(arms: Sequence[Arm], claimed: set[str]) -> Table:
-    """Final values that belong to no claim: mean over seeds of the mean over the last 5 % of steps.
+def exploratory(arms: Sequence[Arm]) -> Table:
+    """Final values, which no claim is about: mean over seeds of the mean of the last 5 % of steps.
 
     Metrics by layer, head or position are left to the figures: their rows are never averaged
     together.
-
-    Args:
-        arms: The arms shown.
-        claimed: Metrics that a claim reads.
     """
     values: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for arm in arms:
         for run in arm.runs:
             for metric, split, unit, curve in run.scalar_curves():
-                if metric not in claimed:
-                    cell = values.setdefault((metric, split or "", unit), {})
-                    cell.setdefault(arm.condition, []).append(final(curve))
+                cell = values.setdefault((metric, split or "", unit), {})
+                cell.setdefault(arm.condition, []).append(final(curve))
     rows = [
         (*key, *(_mean(cells.get(arm.condition, [])) for arm in arms))
         for key, cells in sorted(values.items())
     ]
     heads = ("metric", "split", "unit", *(f"{a.condition}: mean, 95 %, n" for a in arms))
     return Table(
-        "Exploratory",
+        "Exploratory: final values",
         heads,
         tuple(rows),
-        "Numbers that were computed but belong to no claim. They were not registered, are not "
-        "corrected for how many there are, and support nothing.",
+        "Means of the last 5 % of steps, computed but registered by no claim: not corrected for "
+        "how many there are, and in support of nothing.",
     )
 
 
@@ -138,15 +110,3 @@ def _mean(values: list[float]) -> str:
     except UndefinedError:
         interval = "no interval"
     return f"{number(array.mean())} {interval} n={len(values)}"
-
-
-def cell(text: str) -> str:
-    """Text made safe for a cell of a Markdown table.
-
-    Example:
-        >>> cell("a | b <script>")
-        'a \\\\| b &lt;script>'
-    """
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"\s+", " ", text)).replace("|", "\\|")
-
-

@@ -20,6 +20,7 @@ from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.estimands import Inference, generator, infer
 from allostasis.analysis.families import adjusted, family_sizes, seeds_needed
 from allostasis.analysis.intervals import Interval
+from allostasis.analysis.text import leveled
 
 Word = Literal["supported", "refuted", "equivalent", "undecided"]
 CHANGED = "CHANGED AFTER RUN"
@@ -42,7 +43,7 @@ class Verdict:
 class Result:
     """All that a report says about one claim.
 
-    Levels `q` are p-values on the scale of the claim's alpha: twice a one-sided p, or TOST's p.
+    `q` are p-values on the scale of the claim's alpha, twice a one-sided p or TOST's own, adjusted.
 
     Attributes:
         claim: The claim.
@@ -55,7 +56,7 @@ class Result:
         inner: At 1 - 2 alpha, for claims of equality and of negligible effects.
         p_support: One-sided p of "on the wrong side of the bound".
         p_refute: One-sided p of "as claimed".
-        q_support: `p_support` on alpha's scale, Holm-adjusted in the family.
+        q_support: `p_support` on alpha's scale, adjusted by Holm in the family.
         q_refute: `p_refute`, likewise.
         family_size: Members of the family: compounds and atoms that belong to none.
         seeds_needed: Least units with which the test can decide; None for a compound.
@@ -106,23 +107,19 @@ def rule(
         interval: At 1 - alpha, for the reason.
         inner: At 1 - 2 alpha, for `negligible`.
     """
-    around = "" if interval is None else f" ({_written(interval)})"
+    shown = "" if interval is None else f"; {leveled(interval)}"
     if q_support < claim.alpha:
         word: Word = "equivalent" if claim.test == "tost" else "supported"
-        return Verdict(word, f"the test excludes the other side of the bound{around}")
+        return Verdict(word, f"adjusted p {q_support:.2g} for it < {claim.alpha:g}{shown}")
     if q_refute < claim.alpha:
-        return Verdict("refuted", f"the test excludes what is claimed{around}")
+        return Verdict("refuted", f"adjusted p {q_refute:.2g} against it < {claim.alpha:g}{shown}")
     if claim.negligible is not None and inner is not None and isinstance(claim.bound, float):
         low, high = claim.bound - claim.negligible, claim.bound + claim.negligible
         if inner.within(low, high):
-            reason = f"within {claim.negligible:g} of the bound, which is negligible"
-            return Verdict("equivalent", f"{reason} ({_written(inner)})")
-    return Verdict("undecided", f"neither side of the bound is excluded{around}")
-
-
-def _written(interval: Interval) -> str:
-    low, high = ("not reached" if x is None else f"{x:.4g}" for x in (interval.low, interval.high))
-    return f"{interval.level:.0%} interval [{low}, {high}]"
+            reason = f"{leveled(inner)} is within {claim.negligible:g} of the bound: negligible"
+            return Verdict("equivalent", reason)
+    both = f"adjusted p {q_support:.2g} for it and {q_refute:.2g} against it"
+    return Verdict("undecided", f"{both}, neither < {claim.alpha:g}{shown}")
 
 
 def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
@@ -251,11 +248,8 @@ def _decide(result: Result) -> Verdict:
         inner=result.inner,
     )
     if verdict.word == "undecided" and inference.n < result.seeds_needed:
-        reason = (
-            f"the test cannot support it with {inference.n} seeds in a family of its size; "
-            f"{result.seeds_needed} seeds could"
-        )
-        return Verdict("undecided", reason)
+        reason = f"{inference.n} seeds cannot reach the level in its family"
+        return Verdict("undecided", f"{reason}, {result.seeds_needed} can")
     return verdict
 
 
@@ -283,8 +277,7 @@ def conjunction(atoms: Sequence[Result]) -> Verdict:
     if against:
         return Verdict("refuted", f"refuted: {', '.join(against)}")
     if open_ones:
-        reasons = [f"{a.claim.id}: {a.verdict.reason}" for a in atoms if a.claim.id in open_ones]
-        return Verdict("undecided", "; ".join(reasons))
+        return Verdict("undecided", f"not decided: {', '.join(open_ones)}")
     return Verdict("supported", f"all of {', '.join(words)}")
 
 

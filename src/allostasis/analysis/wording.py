@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from allostasis.analysis import summaries
 from allostasis.analysis.aggregate import Arm, Sample
 from allostasis.analysis.claims import Claim
-from allostasis.analysis.tables import bracket, number
+from allostasis.analysis.text import bracket, number
 from allostasis.analysis.verdicts import CHANGED, Result
 
 OF = {
@@ -37,17 +37,31 @@ class Block:
     Attributes:
         result: The result that it words.
         lines: Pairs of a label and a text.
-        strip: The units' values as text, or none.
+        strip: The units' values, drawn in report.html; None where there are none.
     """
 
     result: Result
     lines: tuple[tuple[str, str], ...]
+    strip: Strip | None
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Values by seed on a line, with the bound.
+
+    Attributes:
+        points: Place in [0, 1], label, whether censored.
+        bounds: Places of the bounds.
+    """
+
+    points: tuple[tuple[float, str, bool], ...]
+    bounds: tuple[float, ...]
 
 
 def blocks(results: Sequence[Result], arms: Sequence[Arm]) -> list[Block]:
     """Word every result."""
     by_id = {result.claim.id: result for result in results}
-    return [Block(result, tuple(_lines(result, by_id, arms))) for result in results]
+    return [Block(r, tuple(_lines(r, by_id, arms)), _strip(r)) for r in results]
 
 
 def _lines(
@@ -117,12 +131,12 @@ def _measured(result: Result) -> list[tuple[str, str]]:
             lines.append((role, _units(sample)))
     if inference is not None:
         test = TESTS_OF.get(claim.estimand.of, TESTS[claim.test or "t"])
+        scale = "support as it is, against doubled" if claim.direction == "inside" else "doubled"
         lines.append((
             "test",
             f"{test}: p_support {result.p_support:.3g}, p_refute {result.p_refute:.3g}; "
-            f"on the level's scale, Holm over {result.family_size} of family "
-            f"'{claim.family}': {result.q_support:.3g} and {result.q_refute:.3g} "
-            f"against {claim.alpha:g}",
+            f"on alpha's scale ({scale}) and adjusted by Holm over the {result.family_size} of family "
+            f"'{claim.family}': {result.q_support:.3g} and {result.q_refute:.3g}",
         ))
         if inference.effect is not None:
             g = inference.effect
@@ -181,7 +195,9 @@ def _parametrisation(result: Result) -> list[tuple[str, str]]:
     if result.claim.select is None or result.treatment is None or not result.treatment.arm.runs:
         return []
     metric = result.claim.select.metric
-    about = (result.treatment.arm.runs[0].run.get("metrics") or {}).get(metric.partition(".")[0], {})
+    about = (result.treatment.arm.runs[0].run.get("metrics") or {}).get(
+        metric.partition(".")[0], {}
+    )
     if about.get("functional", True):
         return []
     text = f"{metric} depends on parametrisation: models that compute the same can differ in it"
@@ -189,25 +205,28 @@ def _parametrisation(result: Result) -> list[tuple[str, str]]:
 
 
 def _beside(result: Result, by_id: Mapping[str, Result]) -> list[tuple[str, str]]:
-    """The source's own number beside the corrected one, and the other way round."""
+    """The source's own number beside its corrected twin's, where a claim has one."""
     base = result.claim.id.partition(".")[0]
-    status = result.claim.status
-    twins = [
-        other
-        for other in by_id.values()
-        if other.claim.id.partition(".")[0] == base
-        and other is not result
-        and other.inference is not None
-        and "corrected" in {status, other.claim.status} | {_kind(other), _kind(result)}
-        and not result.claim.all_of
-    ]
+    siblings = [r for r in by_id.values() if r.claim.id.partition(".")[0] == base]
+    if result.claim.all_of or all(r.claim.status != "corrected" for r in siblings):
+        return []
     words = [
-        f"{t.claim.id} ({_kind(t)}) {number(t.inference.estimate)}, {t.verdict.word}"
-        for t in twins
-        if t.inference is not None
+        f"{r.claim.id} ({r.claim.status}) {number(r.inference.estimate)}, {r.verdict.word}"
+        for r in siblings
+        if r is not result and r.inference is not None
     ]
     return [("beside it", "; ".join(words))] if words else []
 
 
-def _kind(result: Result) -> str:
-    return "as published" if result.claim.id.endswith(".published") else result.claim.status
+def _strip(result: Result) -> Strip | None:
+    sample, bound = result.treatment, result.claim.bound
+    if sample is None or bound is None or not sample.seeds or sample.denominators is not None:
+        return None
+    bounds = bound if isinstance(bound, tuple) else (bound,)
+    low, high = min(*sample.values, *bounds), max(*sample.values, *bounds)
+    span = high - low or 1.0
+    points = tuple(
+        (float((value - low) / span), f"seed {seed}: {number(value)}", bool(late))
+        for seed, value, late in zip(sample.seeds, sample.values, sample.censored, strict=True)
+    )
+    return Strip(points, tuple(float((b - low) / span) for b in bounds))

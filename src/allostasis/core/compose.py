@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from allostasis.core.config import BLOCKS, conf_dir
-from allostasis.core.validate import FIELDS, Problem, check_field, nearest, suggest
-
-if TYPE_CHECKING:
-    from hydra.core.config_loader import ConfigLoader
-    from hydra.core.override_parser.types import Override
+from allostasis.core.names import nearest, suggest
+from allostasis.core.validate import FIELDS, Problem, check_field
 
 EXTRAS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 """Launchers that come with an extra of this package."""
@@ -126,7 +124,7 @@ def _explain_setting(
     override: Override, error: CompactHydraException, homes: Mapping[str, str]
 ) -> list[Problem]:
     key = override.key_or_group
-    if key in homes:
+    if key in homes and key not in FIELDS:
         return [Problem(key, f"no such setting; did you mean '{homes[key]}'?")]
     value = override.value()
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

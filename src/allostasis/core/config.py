@@ -7,12 +7,11 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from annotated_types import Ge
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf.errors import OmegaConfBaseException
 
 BLOCKS = ("task", "model", "module", "metrics", "trainer", "logger")
 """Fields that name something to build: their keys are the signature of their `_target_`."""
@@ -75,8 +74,7 @@ def conf_dir() -> Path:
 
 def register() -> None:
     """Tell Hydra the schema of a config and OmegaConf the resolver `${run_folder:}`."""
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
+    from hydra.core.config_store import ConfigStore  # slower than help has time for
 
     schema = OmegaConf.structured(RunConfig)
     for block in (*BLOCKS, "conditions"):
@@ -97,8 +95,6 @@ def config_hash(cfg: DictConfig, *, without: tuple[str, ...] = ()) -> str:
         cfg: A composed config, with or without its `hydra` part.
         without: Further top-level fields to leave out.
     """
-    from omegaconf import OmegaConf, flag_override
-
     blank = copy.deepcopy(cfg)
     with flag_override(blank, ["struct", "readonly"], [False, False]):
         blank.seed, blank.device = 0, "auto"
@@ -123,8 +119,6 @@ def run_folder(cfg: DictConfig) -> Path:
 
 
 def _run_folder(*, _root_: DictConfig) -> str:
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
         return run_folder(_root_).as_posix()
     except OmegaConfBaseException:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +25,7 @@ from rich.table import Table
 
 from allostasis.core.compose import composition_problems
 from allostasis.core.config import config_hash
-from allostasis.core.validate import Problem, check, refusal
+from allostasis.core.validate import Problem, check, check_blocks, check_fields, refusal
 
 log = logging.getLogger(__name__)
 trace = logging.getLogger("allostasis.traceback")  # goes to run.log alone, see conf/config.yaml
@@ -163,57 +163,70 @@ def check_sweep(config: DictConfig) -> list[Point]:
     Returns:
         The runs, in the order in which they will start.
     """
-    loader = GlobalHydra.instance().config_loader()
-    points: list[Point] = []
-    found: dict[str, list[str]] = defaultdict(list)
-    arms: dict[tuple[str, str], set[str]] = defaultdict(set)
-    expanded = _expand(config)
-    for words, axes in expanded:
-        try:
-            cfg = loader.load_sweep_config(config, words)
-        except CompactHydraException:
-            problems = composition_problems(
-                [*config.hydra.overrides.hydra, *words],
-                loader=loader,
-                config_name=config.hydra.job.config_name,
-                is_sweep=False,
-            )
-        else:
-            problems = check(cfg)
-            if not problems:
-                folder = Path(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir)
-                module = cfg.module["_target_"]
-                points.append(Point(axes, folder, cfg.name, module, cfg.condition, cfg.seed))
-                arms[cfg.name, config_hash(cfg, without=("condition",))].add(cfg.condition)
-        for problem in problems:
-            found[str(problem)].append(_words(axes))
-    lines = [text + _where(runs, len(expanded)) for text, runs in found.items()]
-    for (_, name), count in Counter((point.folder, point.name) for point in points).items():
-        if count > 1:
-            lines.append(f"{name}: stands {count} times in the sweep, with the same settings")
-    for (name, _), conditions in arms.items():
-        if len(conditions) > 1:
-            twins = ",".join(sorted(conditions))
-            lines.append(f"condition={twins}: these arms of {name} have the same settings")
+    runs = _expand(config)
+    composed = [_compose(config, words) for words, _ in runs]
+    cfgs = [cfg for cfg in composed if isinstance(cfg, DictConfig)]
+    names = [" ".join(f"{key}={value}" for key, value in axes.items()) for _, axes in runs]
+    _refuse_any(names, [c if isinstance(c, list) else check_fields(c) for c in composed])
+    _refuse_any(names, [check_blocks(cfg) for cfg in cfgs])
+    points = [_point(axes, cfg) for (_, axes), cfg in zip(runs, cfgs, strict=True)]
+    arms: dict[str, set[str]] = defaultdict(set)
+    for cfg in cfgs:
+        arms[config_hash(cfg, without=("condition",))].add(cfg.condition)
+    lines = [
+        f"condition={','.join(sorted(twins))}: these arms have the same settings"
+        for twins in arms.values()
+        if len(twins) > 1
+    ]
+    lines += [
+        f"{os.path.relpath(folder)}: {count} runs of the sweep are this one"
+        for folder, count in Counter(point.folder for point in points).items()
+        if count > 1
+    ]
     if lines:
         refuse(lines, kind="sweep")
     return points
 
 
 def _expand(config: DictConfig) -> list[tuple[list[str], dict[str, str]]]:
-    """Each run's overrides, and those among them that tell the runs apart."""
+    """Each run's overrides, and what tells it from the other runs."""
     defaults = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     overrides = parser.parse_overrides([*defaults, *config.hydra.overrides.task])
-    batches = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    runs = [dict(word.split("=", 1) for word in words) for words in batches[0]]
-    varying = [key for key in runs[0] if len({run[key] for run in runs}) > 1]
-    axes = [{key: run[key] for key in varying} or run for run in runs]
-    return list(zip(batches[0], axes, strict=True))
+    runs = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+    settings = [dict(word.split("=", 1) for word in words) for words in runs]
+    varying = [key for key in settings[0] if len({run[key] for run in settings}) > 1]
+    axes = [{key: run[key] for key in varying} for run in settings]
+    return list(zip(runs, axes, strict=True))
 
 
-def _words(axes: Mapping[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in axes.items())
+def _compose(config: DictConfig, words: list[str]) -> DictConfig | list[Problem]:
+    loader = GlobalHydra.instance().config_loader()
+    try:
+        return loader.load_sweep_config(config, words)
+    except CompactHydraException:
+        return composition_problems(
+            [*config.hydra.overrides.hydra, *words],
+            loader=loader,
+            config_name=config.hydra.job.config_name,
+            is_sweep=False,
+        )
+
+
+def _point(axes: dict[str, str], cfg: DictConfig) -> Point:
+    folder = Path(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir)
+    return Point(axes, folder, cfg.name, cfg.module["_target_"], cfg.condition, cfg.seed)
+
+
+def _refuse_any(names: Sequence[str], problems: Sequence[Sequence[Problem]]) -> None:
+    """Refuse a sweep, saying of each problem which runs have it, unless all do."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, own in zip(names, problems, strict=True):
+        for problem in own:
+            found[str(problem)].append(name)
+    if found:
+        lines = [text + _where(runs, len(names)) for text, runs in found.items()]
+        refuse(lines, kind="sweep")
 
 
 def _where(runs: Sequence[str], total: int) -> str:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 import json
-import pkgutil
 import re
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
+from pydantic import TypeAdapter, ValidationError
 
 from allostasis.core.config import BLOCKS, RunConfig
-
-ALLOWED = ("allostasis", "lightning")
-"""Packages that a `_target_` may come from; `allow: [mine]` in a config adds others."""
+from allostasis.core.names import suggest
+from allostasis.core.targets import ALLOWED, adapters, locate, parameters
 
 IMPLIED = {"trainer": "lightning.Trainer"}
 """What a block without a `_target_` of its own is given to."""
@@ -60,13 +52,23 @@ class Problem:
 def check(cfg: DictConfig) -> list[Problem]:
     """Everything that is wrong with a composed config; empty if it can be run.
 
-    The top-level fields come first, without importing what the blocks name. Only if they are right
-    are the `_target_`s imported and each block held against the signature that it will call.
+    The fields come first. Only if they are right are the `_target_`s imported and each block held
+    against the signature that it will call.
 
     Args:
         cfg: A composed config, with or without its `hydra` part.
     """
-    return [*_check_fields(cfg)] or [*_check_blocks(cfg)]
+    return check_fields(cfg) or check_blocks(cfg)
+
+
+def check_fields(cfg: DictConfig) -> list[Problem]:
+    """What is wrong with the top-level fields; imports nothing that the config names."""
+    return [*_check_fields(cfg)]
+
+
+def check_blocks(cfg: DictConfig) -> list[Problem]:
+    """What is wrong with the blocks of a config whose fields are right."""
+    return [*_check_blocks(cfg)]
 
 
 def refusal(problems: Iterable[str | Problem], *, kind: str = "run") -> str:
@@ -83,28 +85,7 @@ def check_field(name: str, value: Any) -> list[Problem]:
         >>> print(*check_field("seed", -1))
         seed=-1: input should be greater than or equal to 0
     """
-    return [*_check_value(name, value, _adapters(RunConfig)[name])]
-
-
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name that was most likely meant, or None if nothing is near.
-
-    Example:
-        >>> nearest("weight_decy", ["lr", "weight_decay"])
-        'weight_decay'
-    """
-    known = {known.casefold(): known for known in names}
-    close = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.6)
-    return known[close[0]] if close else None
-
-
-def suggest(name: str, names: Iterable[str]) -> str:
-    """What to say of an unknown name: what may have been meant, else all that there is."""
-    names = sorted(names)
-    near = nearest(name, names)
-    if near is not None:
-        return f"did you mean '{near}'?"
-    return f"there are {', '.join(names)}" if names else "there are none"
+    return [*_check_value(name, value, adapters(RunConfig)[name])]
 
 
 def _check_fields(cfg: DictConfig) -> Iterator[Problem]:
@@ -141,6 +122,8 @@ def _check_fields(cfg: DictConfig) -> Iterator[Problem]:
 
 def _check_blocks(cfg: DictConfig) -> Iterator[Problem]:
     allowed = (*ALLOWED, *cfg.allow)
+    if not cfg.module:
+        yield Problem("module", "missing; it says what happens in a step, by its _target_")
     for block in BLOCKS:
         node = cfg[block]
         if node and "_target_" not in node and block not in IMPLIED:
@@ -188,16 +171,13 @@ def _check_call(
     supplied: frozenset[str],
     broken: set[str],
 ) -> Iterator[Problem]:
-    target = _locate(path, allowed)
+    target = locate(path, allowed)
     if isinstance(target, str):
         yield Problem(f"{where}._target_={path!r}", target)
         return
-    parameters = _parameters(target)
-    adapters = _adapters(target)
-    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {
-        k for k, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-    }
+    takes, types = parameters(target), adapters(target)
+    is_open = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    named = {k for k, p in takes.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     for name, value in values.items():
         if name in DIRECTIVES:
             continue
@@ -206,10 +186,10 @@ def _check_call(
         elif name not in named and not is_open:
             reason = f"{target.__name__} has no such parameter; {suggest(name, named - supplied)}"
             yield Problem(f"{where}.{name}", reason)
-        elif name in adapters and name not in broken and not _has_target(value):
-            yield from _check_value(f"{where}.{name}", _plain(value), adapters[name])
+        elif name in types and name not in broken and not _has_target(value):
+            yield from _check_value(f"{where}.{name}", _plain(value), types[name])
     if not values.get("_partial_", False):
-        required = {k for k in named if parameters[k].default is inspect.Parameter.empty}
+        required = {k for k in named if takes[k].default is inspect.Parameter.empty}
         for name in sorted(required - supplied - broken - {*values}):
             yield Problem(f"{where}.{name}", f"missing; {target.__name__} does not work without it")
 
@@ -220,28 +200,34 @@ def _has_target(value: Any) -> bool:
     return isinstance(value, ListConfig) and any(_has_target(entry) for entry in value)
 
 
-def _check_value(where: str, value: Any, adapter: TypeAdapter[Any]) -> Iterator[Problem]:
-    """Hold a value against a type as it stands, so that '5' is no 5; the laxer reason says more."""
+def _check_value(where: str, value: Any, adapter: TypeAdapter) -> Iterator[Problem]:
+    """Hold a value against a type as it stands: '5' is no 5."""
     try:
         adapter.validate_json(json.dumps(value, default=str), strict=True)
-    except ValidationError as strict:
-        try:
-            adapter.validate_python(value)
-            reasons = strict
-        except ValidationError as lax:
-            reasons = lax
+    except ValidationError as error:
+        reasons = _lax_reasons(adapter, value) or error.errors()
         found: dict[str, list[str]] = {}
-        for error in reasons.errors():
+        for reason in reasons:
             key, part = where, value
-            for step in error["loc"]:
+            for step in reason["loc"]:
                 # a location also names the branch of a union, which is no part of the value
                 if isinstance(part, list) and isinstance(step, int) and step < len(part):
                     key, part = f"{key}[{step}]", part[step]
                 elif isinstance(part, dict) and step in part:
                     key, part = f"{key}.{step}", part[step]
-            found.setdefault(f"{key}={part!r}", []).append(_decapitalised(error["msg"]))
+            found.setdefault(f"{key}={part!r}", []).append(_decapitalised(reason["msg"]))
         for setting, messages in found.items():
             yield Problem(setting, " or ".join(dict.fromkeys(messages)))
+
+
+def _lax_reasons(adapter: TypeAdapter, value: Any) -> Sequence[Mapping[str, Any]]:
+    """Why a value cannot even be converted; a strict refusal says less of it."""
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        if any(reason["type"].endswith("_parsing") for reason in error.errors()):
+            return error.errors()
+    return ()
 
 
 def _plain(value: Any) -> Any:
@@ -254,87 +240,3 @@ def _first_line(error: OmegaConfBaseException) -> str:
 
 def _decapitalised(text: str) -> str:
     return text[:1].lower() + text[1:]
-
-
-def _locate(path: Any, allowed: tuple[str, ...]) -> Callable[..., Any] | str:
-    """The class or function that a dotted path names, or why it may not be called."""
-    packages = " and ".join(allowed)
-    if not isinstance(path, str) or not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
-        return "not a dotted path to a class or function"
-    if path.partition(".")[0] not in allowed:
-        return f"only classes and functions of {packages} are built; `allow: [...]` adds packages"
-    try:
-        found = _resolve(path)
-    except _NotThereError as error:
-        return str(error)
-    except ModuleNotFoundError as error:
-        return f"cannot be imported: {_decapitalised(str(error))}; is it installed?"
-    if not callable(found):
-        return f"{type(found).__name__} is no class or function"
-    # a path may lead through an allowed module to what it imports: `allostasis.run.os.system`
-    if getattr(found, "__module__", "").partition(".")[0] not in allowed:
-        return f"leads out of {packages}, to {getattr(found, '__module__', 'nowhere')}"
-    return found
-
-
-class _NotThereError(Exception):
-    """A dotted path ends before its last word."""
-
-
-def _resolve(path: str) -> Any:
-    found: Any = None
-    parts = path.split(".")
-    for depth, part in enumerate(parts):
-        name = ".".join(parts[: depth + 1])
-        if depth and hasattr(found, part):
-            found = getattr(found, part)
-        elif depth and not isinstance(found, ModuleType):
-            raise _NotThereError(f"{parts[depth - 1]} has no '{part}'")
-        else:
-            try:
-                found = importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name != name:
-                    raise
-                has = (
-                    f"{'.'.join(parts[:depth])} has no '{part}'"
-                    if depth
-                    else f"no package '{name}'"
-                )
-                raise _NotThereError(f"{has}; {suggest(part, _members(found))}") from error
-    return found
-
-
-def _members(module: ModuleType | None) -> set[str]:
-    """Submodules of a package, and what a module itself defines."""
-    if module is None:
-        return set()
-    submodules = {entry.name for entry in pkgutil.iter_modules(getattr(module, "__path__", []))}
-    own = {
-        name
-        for name, value in vars(module).items()
-        if getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
-    }
-    return submodules | own
-
-
-@cache
-def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(target).parameters
-
-
-@cache
-def _adapters(target: Callable[..., Any]) -> Mapping[str, TypeAdapter[Any]]:
-    """Checkers of the parameters whose annotation a config value can meet."""
-    function = target.__init__ if isinstance(target, type) else target
-    try:
-        hints = typing.get_type_hints(inspect.unwrap(function), include_extras=True)
-    except NameError:  # an annotation that only type checkers can read
-        return {}
-    adapters: dict[str, TypeAdapter[Any]] = {}
-    for name, hint in hints.items():
-        try:
-            adapters[name] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-        except (PydanticUserError, PydanticUndefinedAnnotation):  # no type that YAML can write
-            continue
-    return adapters

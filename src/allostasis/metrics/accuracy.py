@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from allostasis.metrics.base import GAUGES, Metric, Snapshot, given, invariant
+from allostasis.metrics.base import GAUGES, Metric, Snapshot, invariant, precise
 
 
 def accuracy(
@@ -49,8 +49,8 @@ class Accuracy(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
-        value, n = accuracy(logits, labels).double().mean(), len(labels)
+        correct = snapshot.once(accuracy, "logits", "labels")
+        value, n = precise(correct).mean(), len(correct)
         self.add(value, n=n)
         if "" in snapshot.ceiling:
             self.add(value / snapshot.ceiling[""], n=n, part="over_ceiling")

@@ -76,7 +76,8 @@ class ActivationEntropy(Metric):
         **invariant("vo", "qk", "relu", "gain", "rotation"),
         "resid": "changes",
         "stream": "changes",
-        **invariant(*(f"{part}.{law}" for part in parts[:2] for law in ("resid", "stream"))),
+        **invariant("effective_rank.resid", "effective_rank.stream"),
+        **invariant("condition.resid", "condition.stream"),
     }
     functional = False
     direction = "high: readout states fill more volume; only differences between arms count"
@@ -90,7 +91,7 @@ class ActivationEntropy(Metric):
         for layer, resid in snapshot.layers("hook_resid_post"):
             self.collect("resid", resid[:, snapshot.readout], layer=layer)
 
-    def compute(self) -> dict[Place, Mean]:
+    def means(self) -> dict[Place, Mean]:
         """Give the entropy of the vectors of all batches and devices."""
         means = {}
         for layer, resid in self.kept("resid"):

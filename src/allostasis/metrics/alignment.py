@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -31,6 +30,7 @@ def alignment(
         The identity log m = log A + log G; Cauchy-Schwarz for the range.
 
     Example:
+        >>> import torch
         >>> alignment(torch.tensor([[1.0, -1.0]]), torch.tensor([0])).item()
         1.0
     """
@@ -75,15 +75,15 @@ class Alignment(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
-        spread = logit_scale(logits) > 0
-        value = alignment(logits, labels)[spread].mean()
-        ceiling = highest_alignment(logits.shape[-1])
+        cosine = self.per_example(snapshot)[""]
+        spread = snapshot.once(logit_scale, "logits") > 0
+        value = cosine[spread].mean()
+        ceiling = highest_alignment(given(snapshot.logits, "logits").shape[-1])
         for part, share in (("", value), ("of_ceiling", value / ceiling)):
             self.add(share, n=spread.sum(), part=part, otherwise="all logits are equal")
 
     @staticmethod
     def per_example(snapshot: Snapshot) -> dict[str, Tensor]:
         """Give the value of each example, by part; NaN where all its logits are equal."""
-        logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
-        return {"": alignment(logits, labels)}
+        lead = snapshot.once(margin, "logits", "labels")
+        return {"": lead / snapshot.once(logit_scale, "logits")}

@@ -119,9 +119,9 @@ class AmplitudeActivation(Metric):
     def _add(self, part: str, layer: int, value: Tensor, *, n: int) -> None:
         self.add(value, n=n, part=part, layer=layer, otherwise=INERT)
 
-    def compute(self) -> dict[Place, Mean]:
+    def means(self) -> dict[Place, Mean]:
         """Give the means, and the quantiles of the histograms."""
-        means = super().compute()
+        means = super().means()
         for layer, cells in self.kept("cells"):
             for part, share in (("median", 0.5), ("p99", 0.99)):
                 means[Place(part, layer)] = Mean(_quantile(cells, share), cells[0].sum(), INERT)

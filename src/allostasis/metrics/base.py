@@ -8,7 +8,7 @@ import math
 import pkgutil
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -76,10 +76,32 @@ class Snapshot:
     normalised_sites: frozenset[str] = frozenset()
     ceiling: Mapping[str, float] = field(default_factory=dict)
     floor: float | None = None
+    _known: dict[tuple[Callable[..., Any], tuple[str, ...]], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.classes is not None and self.n_classes is None:
             raise ValueError("a snapshot with `classes` needs `n_classes`, the number of classes")
+
+    def once(self, function: Callable[..., T], *fields: str) -> T:
+        """Apply a pure function to some fields, once for all metrics that ask for it.
+
+        Args:
+            function: What to compute.
+            fields: Names of the fields that are its arguments, in order.
+
+        Raises:
+            ValueError: The snapshot does not hold one of the fields.
+
+        Example:
+            >>> Snapshot(step=0, logits=torch.eye(2)).once(torch.sum, "logits").item()
+            2.0
+        """
+        key = (function, fields)
+        if key not in self._known:
+            self._known[key] = function(*(given(getattr(self, name), name) for name in fields))
+        return self._known[key]
 
     def layers(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """Yield (layer, activation) for each recorded `blocks.{layer}.{name}`, in order of layer.
@@ -149,7 +171,7 @@ class Place(NamedTuple):
     position: int | None = None
     over: tuple[Axis, ...] = ()
 
-    def indices(self, sizes: tuple[int, ...]) -> Iterator[dict[Axis, int | None]]:
+    def indices(self, sizes: Sequence[int]) -> Iterator[dict[Axis, int | None]]:
         """Yield layer, head and position of each value of the tensor, in row-major order."""
         start: dict[Axis, int | None] = {
             "layer": self.layer,
@@ -303,10 +325,17 @@ class Metric(torchmetrics.Metric):
     def _sum(self, state: str, value: Tensor) -> None:
         if not hasattr(self, state):
             self.add_state(state, torch.zeros_like(value), dist_reduce_fx="sum")
-        setattr(self, state, getattr(self, state) + value)
+        getattr(self, state).add_(value)
 
     def compute(self) -> dict[Place, Mean]:
-        """Give the mean of everything added, weighted by `n`, over all batches and devices."""
+        """Give the means over all batches and devices."""
+        return self.means()
+
+    def means(self) -> dict[Place, Mean]:
+        """Give the mean of everything added to this process's states, weighted by `n`.
+
+        A metric that is no plain mean adds to this what it derives from its own states.
+        """
         means = {}
         for place, otherwise in self._otherwise.items():
             total, n = getattr(self, str(place))
@@ -319,14 +348,16 @@ class Metric(torchmetrics.Metric):
         Raises:
             ValueError: A value is NaN or infinite.
         """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            means = self.means()
         self.skipped = Counter()
         readings = []
-        for place, (value, n, otherwise) in self.compute().items():
-            # torchmetrics takes the dimensions off a tensor with a single value
-            sizes = tuple(value.shape) if value.ndim else (1,) * len(place.over)
+        for place, (value, n, otherwise) in means.items():
             values = value.flatten().tolist()
             counts = torch.as_tensor(n).expand(value.shape).flatten().tolist()
-            for index, number, count in zip(place.indices(sizes), values, counts, strict=True):
+            for index, number, count in zip(
+                place.indices(value.shape), values, counts, strict=True
+            ):
                 if count == 0:
                     if otherwise is not None:
                         self.skipped[otherwise] += 1

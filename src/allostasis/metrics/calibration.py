@@ -3,11 +3,10 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from allostasis.metrics.accuracy import accuracy
 from allostasis.metrics.base import GAUGES, Mean, Metric, Place, Snapshot, given, invariant, precise
-from allostasis.metrics.cross_entropy import cross_entropy
+from allostasis.metrics.cross_entropy import cross_entropy, log_probabilities
 
 N_BINS = 15
 N_CELLS = 4096
@@ -39,14 +38,14 @@ def calibration(
 
 
 def brier(
-    logits: Float[Tensor, "batch vocab"], labels: Int[Tensor, " batch"]
+    log_p: Float[Tensor, "batch vocab"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
     """Squared distance between the predicted distribution and the truth.
 
     sum_v (p_v - 1[v = y])^2
 
     Args:
-        logits: Logits at the readout position.
+        log_p: Log-probabilities of the answers.
         labels: The true answers.
 
     Returns:
@@ -56,11 +55,11 @@ def brier(
         Brier (1950), Verification of forecasts expressed in terms of probability.
 
     Example:
-        >>> brier(torch.zeros(1, 2), torch.tensor([0])).item()
+        >>> brier(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0])).item()
         0.5
     """
-    p = precise(logits).softmax(dim=-1)
-    return (p - functional.one_hot(labels, p.shape[-1])).square().sum(dim=-1)
+    truth = log_p.new_ones(len(labels), 1)
+    return log_p.exp().scatter_add_(-1, labels[:, None], -truth).norm(dim=-1).square()
 
 
 def _histogram(
@@ -109,19 +108,20 @@ class Calibration(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
-        confidence = precise(logits).softmax(dim=-1).amax(dim=-1)
-        correct = accuracy(logits, labels).to(confidence)
+        labels = given(snapshot.labels, "labels")
+        log_p = snapshot.once(log_probabilities, "logits")
+        confidence = log_p.amax(dim=-1).exp()
+        correct = snapshot.once(accuracy, "logits", "labels").to(confidence)
         own_choice = torch.ones_like(correct)
         self.accumulate("bins", _histogram(confidence, correct, N_BINS))
         self.accumulate("cells", _histogram(confidence, correct, N_CELLS))
         self.accumulate("own", _histogram(confidence, own_choice, N_BINS))
-        self.add(brier(logits, labels).mean(), n=len(labels), part="brier")
-        self.add(cross_entropy(logits, labels).mean(), n=len(labels), part="nll")
+        self.add(brier(log_p, labels).mean(), n=len(labels), part="brier")
+        self.add(cross_entropy(log_p, labels).mean(), n=len(labels), part="nll")
 
-    def compute(self) -> dict[Place, Mean]:
+    def means(self) -> dict[Place, Mean]:
         """Give the errors of the histograms over all batches and devices."""
-        means = super().compute()
+        means = super().means()
         (_, bins), (_, cells), (_, own) = *self.kept("bins"), *self.kept("cells"), *self.kept("own")
         for part, histogram in (
             ("", bins),

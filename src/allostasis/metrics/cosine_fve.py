@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from allostasis.metrics.base import Metric, Snapshot, given, invariant
+from allostasis.metrics.base import Metric, Snapshot, invariant, precise
 from allostasis.metrics.fourier_power import fourier_basis
 
 
@@ -58,13 +58,32 @@ def cosine_fve(grid: Float[Tensor, "p p p"]) -> Float[Tensor, " frequency"]:
         >>> cosine_fve(torch.cos(2 * torch.pi * 2 * offset / 5))
         tensor([0.0000, 1.0000], dtype=torch.float64)
     """
-    along, total = _along_and_total(grid)
+    along, total = along_and_total(grid)
     return along / total
 
 
-def _along_and_total(
+def along_and_total(
     grid: Float[Tensor, "p p p"],
 ) -> tuple[Float[Tensor, " frequency"], Float[Tensor, ""]]:
+    """Squared length of the logits along each cosine, and their whole squared length.
+
+    <F, u_k>^2 and ||F||^2, F centred over c
+
+    Args:
+        grid: Logits of every pair (a, b) over the p answers, p odd.
+
+    Returns:
+        Squared logits, >= 0. High: a large component. The second is 0 where no pair's logits differ
+        between answers, and then no share is defined.
+
+    Source:
+        Nanda et al. (2023), Progress measures for grokking via mechanistic interpretability,
+        arXiv 2301.05217.
+
+    Example:
+        >>> along_and_total(torch.ones(3, 3, 3))[1].item()
+        0.0
+    """
     p = len(grid)
     table = sum_table(grid)
     answer, offset = torch.arange(p)[:, None], torch.arange(p)
@@ -72,8 +91,8 @@ def _along_and_total(
     cosines = fourier_basis(p)[:, 0].to(profile)
     # the p pairs behind each entry of the table turn sqrt(2 / p^3) of u_k into the basis's factor
     along = (cosines @ profile).square()
-    total = grid.var(dim=-1, correction=0).sum(dtype=torch.float64) * p
-    return along, total
+    centred = grid - grid.mean(dim=-1, keepdim=True)
+    return along, precise(centred.norm(dim=-1)).square().sum()
 
 
 class CosineFve(Metric):
@@ -95,7 +114,7 @@ class CosineFve(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the logits of every pair."""
-        along, total = _along_and_total(given(snapshot.grid_logits, "grid_logits"))
+        along, total = snapshot.once(along_and_total, "grid_logits")
         self.add(
             along / total,
             n=(total > 0).expand_as(along),

@@ -8,15 +8,36 @@ from torch.nn import functional
 from allostasis.metrics.base import GAUGES, Metric, Snapshot, given, invariant, precise
 
 
-def cross_entropy(
-    logits: Float[Tensor, "batch vocab"], labels: Int[Tensor, " batch"]
-) -> Float[Tensor, " batch"]:
-    """Negative log-probability of the true answer, in float64.
+def log_probabilities(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
+    """Logarithm of the predicted distribution, in float64.
 
-    -log p(y), p = softmax(l)
+    log p = l - log sum_v exp l_v
 
     Args:
-        logits: Logits at the readout position.
+        logits: Logits; adding a constant to all of an example's changes nothing.
+
+    Returns:
+        Nats, in (-inf, 0]. High: a likely answer.
+
+    Source:
+        Standard.
+
+    Example:
+        >>> log_probabilities(torch.zeros(1, 2)).exp()
+        tensor([[0.5000, 0.5000]], dtype=torch.float64)
+    """
+    return precise(logits).log_softmax(dim=-1)
+
+
+def cross_entropy(
+    log_p: Float[Tensor, "batch vocab"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """Negative log-probability of the true answer.
+
+    -log p(y)
+
+    Args:
+        log_p: Log-probabilities, as `log_probabilities` gives them.
         labels: The true answers.
 
     Returns:
@@ -26,10 +47,10 @@ def cross_entropy(
         Standard.
 
     Example:
-        >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2])).item()  # ln 4
+        >>> cross_entropy(log_probabilities(torch.zeros(1, 4)), torch.tensor([2])).item()  # ln 4
         1.386294
     """
-    return functional.cross_entropy(precise(logits), labels, reduction="none")
+    return -log_p.gather(-1, labels[:, None])[:, 0]
 
 
 class CrossEntropy(Metric):
@@ -57,10 +78,11 @@ class CrossEntropy(Metric):
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
         logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
-        value, n = cross_entropy(logits, labels).mean(), len(labels)
+        log_p = snapshot.once(log_probabilities, "logits")
+        value, n = cross_entropy(log_p, labels).mean(), len(labels)
         single = functional.cross_entropy(logits.float(), labels, reduction="none")
         self.add(value, n=n)
-        self.add((single == 0).double().mean(), n=n, part="zero_fraction")
+        self.add(precise(single == 0).mean(), n=n, part="zero_fraction")
         if snapshot.floor is not None:
             self.add(torch.full_like(value, snapshot.floor), n=n, part="floor")
             self.add(value - snapshot.floor, n=n, part="excess")

@@ -156,7 +156,8 @@ class DPrime(Metric):
     }
     scale_law = {
         **invariant(*GAUGES, "resid"),
-        **{f"{part}.{law}": "changes" for part in parts[::2][:2] for law in ("resid", "stream")},
+        **dict.fromkeys(("mean_shift.resid", "mean_shift.stream"), "changes"),
+        **dict.fromkeys(("noise_level.resid", "noise_level.stream"), "changes"),
     }
     direction = "up is better; 0 is d' = 1"
     source = "Green & Swets (1966), Signal Detection Theory and Psychophysics"
@@ -165,16 +166,16 @@ class DPrime(Metric):
         """Add the examples of a snapshot."""
         weights, classes = given(snapshot.weights, "params"), given(snapshot.classes, "classes")
         layer, resid = list(snapshot.layers("hook_resid_post"))[-1]
-        self.read = weights.W_U
+        self.read = weights.W_U.detach()
         if weights.final_gain is not None:
             hook = "ln_final.hook_normalized"
             resid = given(snapshot.acts.get(hook), hook)
-            self.read = weights.final_gain[:, None] * weights.W_U
+            self.read = weights.final_gain[:, None] * self.read
         self.collect("resid", resid[:, snapshot.readout], layer=layer)
         self.collect("classes", classes, layer=layer)
         self.collect("folds", torch.arange(len(classes), device=classes.device) % 2, layer=layer)
 
-    def compute(self) -> dict[Place, Mean]:
+    def means(self) -> dict[Place, Mean]:
         """Give d' of the vectors of all batches and devices."""
         means = {}
         states = (self.kept(name) for name in ("resid", "classes", "folds"))

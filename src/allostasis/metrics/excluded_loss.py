@@ -1,12 +1,12 @@
 """Excluded loss: the loss on trained pairs of what is left without the key frequencies."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from allostasis.metrics.base import Metric, Snapshot, given, invariant
+from allostasis.metrics.base import Metric, Snapshot, given, invariant, precise
 from allostasis.metrics.cosine_fve import sum_table
-from allostasis.metrics.cross_entropy import cross_entropy
+from allostasis.metrics.cross_entropy import cross_entropy, log_probabilities
 from allostasis.metrics.restricted_loss import key_part, null_sets
 
 
@@ -34,20 +34,21 @@ def excluded_loss(
         >>> excluded_loss(torch.zeros(5, 5, 5), torch.eye(5) > 0, (1,)).item()  # ln 5
         1.609438
     """
-    return _Trained(grid, train_pairs).loss(frequencies)
+    logits, sums = _trained(grid, train_pairs)
+    return _loss(logits, sums, key_part(sum_table(grid), frequencies))
 
 
-class _Trained:
-    """What the loss of trained pairs needs, whatever frequencies are removed."""
+def _trained(
+    grid: Float[Tensor, "p p p"], train_pairs: Bool[Tensor, "p p"]
+) -> tuple[Float[Tensor, "pair p"], Int[Tensor, " pair"]]:
+    a, b = train_pairs.nonzero(as_tuple=True)
+    return precise(grid[a, b]), (a + b) % len(grid)
 
-    def __init__(self, grid: Float[Tensor, "p p p"], train_pairs: Bool[Tensor, "p p"]) -> None:
-        a, b = train_pairs.nonzero(as_tuple=True)
-        self.table, self.logits = sum_table(grid), grid[a, b]
-        self.sums = (a + b) % len(grid)
 
-    def loss(self, frequencies: tuple[int, ...]) -> Float[Tensor, ""]:
-        removed = key_part(self.table, frequencies)[self.sums]
-        return cross_entropy(self.logits - removed, self.sums).mean()
+def _loss(
+    logits: Float[Tensor, "pair p"], sums: Int[Tensor, " pair"], removed: Float[Tensor, "p p"]
+) -> Float[Tensor, ""]:
+    return cross_entropy(log_probabilities(logits - removed[sums]), sums).mean()
 
 
 class ExcludedLoss(Metric):
@@ -78,10 +79,17 @@ class ExcludedLoss(Metric):
         """Add the logits of every pair."""
         grid = given(snapshot.grid_logits, "grid_logits")
         keys = given(snapshot.key_frequencies, "key_frequencies")
-        trained = _Trained(grid, given(snapshot.train_pairs, "train_pairs"))
-        null = torch.stack([trained.loss(chosen) for chosen in null_sets(len(grid), len(keys))])
-        values = {"": trained.loss(keys), "null_mean": null.mean(), "null_sd": null.std()}
-        n = len(trained.sums) * bool(keys)
+        logits, sums = _trained(grid, given(snapshot.train_pairs, "train_pairs"))
+        table = snapshot.once(sum_table, "grid_logits")
+        loss, *null = (
+            _loss(logits, sums, key_part(table, chosen))
+            for chosen in (keys, *null_sets(len(grid), len(keys)))
+        )
+        values = {
+            "": loss,
+            "null_mean": torch.stack(null).mean(),
+            "null_sd": torch.stack(null).std(),
+        }
+        why = "no key frequency" if len(sums) else "no trained pair"
         for part, value in values.items():
-            why = "no key frequency" if trained.sums.numel() else "no trained pair"
-            self.add(value, n=n, part=part, otherwise=why)
+            self.add(value, n=len(sums) * bool(keys), part=part, otherwise=why)

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from allostasis.metrics.base import Metric, Snapshot, given, invariant
-from allostasis.metrics.cosine_fve import cosine_fve
+from allostasis.metrics.base import Metric, Snapshot, invariant
+from allostasis.metrics.cosine_fve import along_and_total
 
 COVERED = 0.95
 SMALLEST_SHARE = 0.01
@@ -19,7 +19,7 @@ def key_frequencies(fve: Float[Tensor, " frequency"]) -> tuple[int, ...]:
     summed share; of it, those with at least 1 % of the sum; of these, at most the first 10.
 
     Args:
-        fve: Explained share of k = 1..(p - 1) / 2, as `cosine_fve` gives it; not all 0.
+        fve: Explained share of k = 1..(p - 1) / 2, or anything in proportion to it; not all 0.
 
     Returns:
         Frequencies, each in [1, (p - 1) / 2], the strongest first; they have no direction.
@@ -58,13 +58,11 @@ class KeyFrequencies(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the logits of every pair."""
-        grid = given(snapshot.grid_logits, "grid_logits")
-        fve = cosine_fve(grid)
-        is_key = torch.zeros_like(fve)
-        is_defined = bool(fve.isfinite().all() and fve.any())
-        if is_defined:
-            is_key[[k - 1 for k in key_frequencies(fve)]] = 1
-        self.add(
-            is_key.sum(), n=int(is_defined), otherwise="no frequency explains any of the logits"
-        )
-        self.add(fve, n=is_key, part="member", over=("position",), position=1, otherwise=None)
+        along, total = snapshot.once(along_and_total, "grid_logits")
+        is_key = torch.zeros_like(along)
+        if along.any():
+            is_key[[k - 1 for k in key_frequencies(along)]] = 1
+        why = "no frequency explains any of the logits"
+        self.add(is_key.sum(), n=int(along.any()), otherwise=why)
+        share = {"n": is_key, "over": ("position",), "position": 1, "otherwise": None}
+        self.add(along / total, part="member", **share)

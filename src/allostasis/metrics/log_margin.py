@@ -1,42 +1,39 @@
 """Log margin (Psi): the exact identity log m = log A + log G."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from allostasis.metrics.alignment import alignment
-from allostasis.metrics.base import GAUGES, Metric, Snapshot, given, invariant
+from allostasis.metrics.base import GAUGES, Metric, Snapshot, invariant
 from allostasis.metrics.logit_scale import logit_scale
 from allostasis.metrics.margin import margin
 
 
 def log_margin(
-    logits: Float[Tensor, "batch vocab"], labels: Int[Tensor, " batch"]
-) -> Float[Tensor, "part right"]:
+    margins: Float[Tensor, " batch"], scales: Float[Tensor, " batch"]
+) -> Float[Tensor, "3 right"]:
     """Log margin, log amplitude and log alignment of the examples that are answered right.
 
     log m = log A + log G, exactly, wherever m > 0
 
     Args:
-        logits: Logits at the readout position.
-        labels: The true answers.
+        margins: m, by which the true answer leads.
+        scales: A, the logits' amplitude.
 
     Returns:
-        Nats, any real number; up is better. Rows: log m, log A, log G. Columns: the examples with
-        m > 0, in their order.
+        Nats, any real number; up is better. Rows: log m, log A, log G = log(m / A). Columns: the
+        examples with m > 0, in their order.
 
     Source:
         m = A G with A = sqrt(2) ||l_c|| and G = m / A.
 
     Example:
-        >>> whole, scale, aligned = log_margin(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
-        >>> whole.item(), scale.item(), aligned.item()
-        (0.6931472, 0.6931472, 0.0)
+        >>> log_margin(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 2.0]))[:, 0]
+        tensor([ 0.0000,  0.6931, -0.6931])
     """
-    lead = margin(logits, labels)
-    right = lead > 0
-    kept, answers = logits[right], labels[right]
-    return torch.stack([lead[right], logit_scale(kept), alignment(kept, answers)]).log()
+    right = margins > 0
+    lead, scale = margins[right], scales[right]
+    return torch.stack([lead, scale, lead / scale]).log()
 
 
 class LogMargin(Metric):
@@ -67,9 +64,9 @@ class LogMargin(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
-        terms = log_margin(logits, labels)
-        right = terms.shape[-1]
+        margins = snapshot.once(margin, "logits", "labels")
+        terms = log_margin(margins, snapshot.once(logit_scale, "logits"))
+        n, right = len(margins), terms.shape[-1]
         for part, term in zip(("", "scale", "alignment"), terms, strict=True):
             self.add(term.mean(), n=right, part=part, otherwise="no example has a positive margin")
-        self.add(right / len(labels), n=len(labels), part="positive")
+        self.add(right / n, n=n, part="positive")

@@ -50,12 +50,12 @@ class LogitScale(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        logits = given(snapshot.logits, "logits")
-        value, n = logit_scale(logits).mean(), len(logits)
+        n, n_answers = given(snapshot.logits, "logits").shape
+        value = snapshot.once(logit_scale, "logits").mean()
         self.add(value, n=n)
-        self.add(value / math.sqrt(2 * logits.shape[-1]), n=n, part="sd")
+        self.add(value / math.sqrt(2 * n_answers), n=n, part="sd")
 
     @staticmethod
     def per_example(snapshot: Snapshot) -> dict[str, Tensor]:
         """Give the value of each example, by part."""
-        return {"": logit_scale(given(snapshot.logits, "logits"))}
+        return {"": snapshot.once(logit_scale, "logits")}

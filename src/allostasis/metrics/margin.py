@@ -6,6 +6,8 @@ from torch import Tensor
 
 from allostasis.metrics.base import GAUGES, Metric, Snapshot, given, invariant, precise
 
+EXACT = "donot_use_mm_for_euclid_dist"  # torch's name; the short way rounds small distances off
+
 
 def runner_up(
     logits: Float[Tensor, "batch vocab"], labels: Int[Tensor, " batch"]
@@ -52,9 +54,9 @@ def margin(
         >>> margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0])).item()
         1.0
     """
-    answers = torch.stack([labels, runner_up(logits, labels)], dim=-1)
-    right, wrong = precise(logits.gather(-1, answers)).unbind(dim=-1)
-    return right - wrong
+    right = logits.gather(-1, labels[:, None])[:, 0]
+    wrong = logits.scatter(-1, labels[:, None], -torch.inf).amax(dim=-1)
+    return precise(right) - precise(wrong)
 
 
 def answer_distance(
@@ -81,8 +83,8 @@ def answer_distance(
         >>> answer_distance(2 * torch.eye(2), torch.tensor([0]), torch.tensor([1])).item()
         2.828427
     """
-    columns = precise(unembed)
-    return (columns[:, labels] - columns[:, others]).norm(dim=0)
+    columns = precise(unembed).T
+    return torch.cdist(columns, columns, compute_mode=EXACT)[labels, others]
 
 
 class Margin(Metric):
@@ -109,10 +111,9 @@ class Margin(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
-        unembed = given(snapshot.weights, "params").W_U
-        lead = margin(logits, labels)
-        distance = answer_distance(unembed, labels, runner_up(logits, labels))
+        labels, unembed = given(snapshot.labels, "labels"), given(snapshot.weights, "params").W_U
+        lead = snapshot.once(margin, "logits", "labels")
+        distance = answer_distance(unembed, labels, snapshot.once(runner_up, "logits", "labels"))
         apart = distance > 0
         self.add(lead.mean(), n=len(lead))
         self.add(
@@ -125,5 +126,4 @@ class Margin(Metric):
     @staticmethod
     def per_example(snapshot: Snapshot) -> dict[str, Tensor]:
         """Give the value of each example, by part."""
-        logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
-        return {"": margin(logits, labels)}
+        return {"": snapshot.once(margin, "logits", "labels")}

@@ -3,16 +3,17 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from allostasis.metrics.base import GAUGES, Metric, Snapshot, given, invariant, precise
+from allostasis.metrics.base import GAUGES, Metric, Snapshot, invariant
+from allostasis.metrics.cross_entropy import log_probabilities
 
 
-def output_entropy(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
-    """Entropy of the predicted distribution, in float64.
+def output_entropy(log_p: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+    """Entropy of the predicted distribution.
 
-    -sum_v p_v log p_v, p = softmax(l)
+    -sum_v p_v log p_v
 
     Args:
-        logits: Logits at the readout position.
+        log_p: Log-probabilities of the answers.
 
     Returns:
         Nats, in [0, ln V]. 0: one answer is certain. ln V: all are equally likely.
@@ -22,10 +23,9 @@ def output_entropy(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batc
 
     Example:
         >>> import torch
-        >>> output_entropy(torch.zeros(1, 4)).item()  # ln 4
+        >>> output_entropy(torch.full((1, 4), 0.25).log()).item()  # ln 4
         1.386294
     """
-    log_p = precise(logits).log_softmax(dim=-1)
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
@@ -41,5 +41,5 @@ class OutputEntropy(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        entropy = output_entropy(given(snapshot.logits, "logits"))
+        entropy = output_entropy(snapshot.once(log_probabilities, "logits"))
         self.add(entropy.mean(), n=len(entropy))

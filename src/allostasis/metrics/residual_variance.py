@@ -1,5 +1,7 @@
 """Residual variance (sigma^2): how far residual vectors scatter, between and within classes."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -133,33 +135,31 @@ class ResidualVariance(Metric):
                 moments = _moments(resid[:, snapshot.readout], classes, n_classes)
                 self.accumulate(site, moments * is_free, layer=layer)
         for layer, resid in snapshot.layers("hook_resid_post"):
-            spread = precise(resid).std(dim=-1)
+            tokens = precise(resid)
+            centred = tokens - tokens.mean(dim=-1, keepdim=True)
+            spread = centred.norm(dim=-1) / math.sqrt(tokens.shape[-1] - 1)
             count = torch.full_like(spread.sum(), spread.numel())
             self.accumulate("spread", torch.stack([spread.sum(), count]), layer=layer)
 
-    def compute(self) -> dict[Place, Mean]:
+    def means(self) -> dict[Place, Mean]:
         """Give the variances of the moments over all batches and devices."""
         means = {}
         for layer, moments in self.kept("mid"):
-            means[Place("mid", layer)] = _mean(moments, "total")
+            means[Place("mid", layer)] = _means(moments)["total"]
         for layer, moments in self.kept("post"):
-            for part in ("total", *self.parts[:5]):
-                place = Place("" if part == "total" else part, layer)
-                means[place] = _mean(moments, part)
-            counts = moments[:, 0]
-            alone = counts[counts < 2].sum() / counts.sum()
-            means[Place("excluded", layer)] = Mean(alone, counts.sum(), INERT)
+            for part, mean in _means(moments).items():
+                means[Place("" if part == "total" else part, layer)] = mean
         for layer, (total, count) in self.kept("spread"):
             means[Place("published", layer)] = Mean((total / count).square(), count)
         return means
 
 
-def _mean(moments: Float[Tensor, "classes moment"], part: str) -> Mean:
+def _means(moments: Float[Tensor, "classes moment"]) -> dict[str, Mean]:
     counts = moments[:, 0]
-    kept = counts[counts >= 2]
-    value = _variances(moments).get(part)
-    if value is not None:
-        return Mean(value, kept.sum())
-    if not counts.any():
-        return Mean(counts.sum(), 0, INERT)
-    return Mean(counts.sum(), 0, "too few classes with two examples")
+    n, kept = counts.sum(), counts[counts >= 2].sum()
+    variances = _variances(moments)
+    why = INERT if n == 0 else "too few classes with two examples"
+    undefined = Mean(torch.zeros_like(n), 0, why)
+    parts = ("total", "between", "within", "between_unbiased", "within_unbiased", "common")
+    means = {p: Mean(variances[p], kept) if p in variances else undefined for p in parts}
+    return means | {"excluded": Mean(1 - kept / n, n, why)}

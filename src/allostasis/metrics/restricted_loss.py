@@ -6,7 +6,7 @@ from torch import Tensor
 
 from allostasis.metrics.base import Metric, Snapshot, given, invariant
 from allostasis.metrics.cosine_fve import sum_table
-from allostasis.metrics.cross_entropy import cross_entropy
+from allostasis.metrics.cross_entropy import cross_entropy, log_probabilities
 from allostasis.metrics.fourier_power import fourier_basis
 
 N_NULL_SETS = 20
@@ -66,7 +66,8 @@ def restricted_loss(
 def _loss(table: Float[Tensor, "p p"], frequencies: tuple[int, ...]) -> Float[Tensor, ""]:
     # every sum belongs to p pairs, so that the mean over sums is the mean over pairs
     logits = table.mean(dim=0) + key_part(table, frequencies)
-    return cross_entropy(logits, torch.arange(len(table), device=table.device)).mean()
+    sums = torch.arange(len(table), device=table.device)
+    return cross_entropy(log_probabilities(logits), sums).mean()
 
 
 def null_sets(p: int, size: int) -> list[tuple[int, ...]]:
@@ -120,7 +121,7 @@ class RestrictedLoss(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the logits of every pair."""
-        table = sum_table(given(snapshot.grid_logits, "grid_logits"))
+        table = snapshot.once(sum_table, "grid_logits")
         keys = given(snapshot.key_frequencies, "key_frequencies")
         null = torch.stack([_loss(table, chosen) for chosen in null_sets(len(table), len(keys))])
         values = {"": _loss(table, keys), "null_mean": null.mean(), "null_sd": null.std()}

@@ -90,7 +90,8 @@ class RoutingDrift(Metric):
         """Add the patterns of a snapshot."""
         for layer, now in snapshot.layers("attn.hook_pattern"):
             nothing = torch.zeros(now.shape[1])
-            for part, why in (("", "no snapshot one lag earlier"), ("from_init", "no snapshot at step 0")):
+            absent = {"": "no snapshot one lag earlier", "from_init": "no snapshot at step 0"}
+            for part, why in absent.items():
                 self.add(nothing, n=0, part=part, over=("head",), layer=layer, otherwise=why)
             paired = len(now) // 2 * 2
             self._compare("content", layer, now[0:paired:2], now[1:paired:2])
@@ -111,9 +112,9 @@ class RoutingDrift(Metric):
             otherwise="no row sees two keys",
         )
 
-    def compute(self) -> dict[Place, Mean]:
+    def means(self) -> dict[Place, Mean]:
         """Give the means, and drift as a share of what a change of content does."""
-        means = super().compute()
+        means = super().means()
         relative = {}
         for place, content in means.items():
             if place.part == "content":

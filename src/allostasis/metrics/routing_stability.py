@@ -65,10 +65,10 @@ class RoutingStability(Metric):
     """One minus the routing drift, for each head.
 
     Parts:
-        published: `published_stability` of the first example of the batch and head 0; 1.0 at
-            step 0, where there is nothing to compare with. The distance's ceiling keeps it above 0.1674, one example
-            stands for all, and its high values, which the source calls plastic, mean frozen. Over
-            several devices it is the mean of their first examples.
+        published: `published_stability` of the batch's first example and head 0; 1.0 at step 0,
+            where there is nothing to compare with. The distance's ceiling keeps it above 0.1674,
+            one example stands for all, and its high values, which the source calls plastic, mean
+            frozen. Over several devices it is the mean of their first examples.
     """
 
     symbol = "G"

@@ -1,6 +1,6 @@
 """Weight update: how far the parameters went since the last record, outward and sideways."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -10,14 +10,14 @@ from allostasis.metrics.base import GAUGES, Metric, Snapshot, given, precise
 
 
 def weight_update(
-    now: Mapping[str, Tensor], before: Mapping[str, Tensor]
+    now: Float[Tensor, " parameter"], before: Float[Tensor, " parameter"]
 ) -> dict[str, Float[Tensor, ""]]:
     """Length of a change of parameters, along them and across them.
 
     radial = (theta - theta_0) . theta_0 / ||theta_0||, tangential = the length of the rest
 
     Args:
-        now: Parameters by name, theta.
+        now: Parameters as one vector, theta.
         before: The same parameters earlier, theta_0, not all 0.
 
     Returns:
@@ -30,29 +30,23 @@ def weight_update(
         numerical stability, arXiv 2501.04697.
 
     Example:
-        >>> parts = weight_update({"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor([1.0, 0.0])})
+        >>> parts = weight_update(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0]))
         >>> parts["radial"].item(), parts["tangential"].item()
         (2.0, 4.0)
     """
-    start = _flat(before[name] for name in now)
-    change = _flat(now.values()) - start
-    outward = start / start.norm()
-    radial = change @ outward
-    return {
-        "length": change.norm(),
-        "radial": radial,
-        "tangential": (change - radial * outward).norm(),
-    }
+    return _lengths(_products([before], [now - before]))
 
 
-def descent_cosine(now: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+def descent_cosine(
+    now: Float[Tensor, " parameter"], grad: Float[Tensor, " parameter"]
+) -> Float[Tensor, ""]:
     """Cosine between the direction of descent and the parameters.
 
     cos(-grad, theta)
 
     Args:
-        now: Parameters by name, theta, not all 0.
-        grads: Their gradients, not all 0.
+        now: Parameters as one vector, theta, not all 0.
+        grad: Their gradient, not all 0.
 
     Returns:
         Pure number, in [-1, 1]. 1: descent only enlarges the parameters; -1: it only shrinks them;
@@ -62,15 +56,10 @@ def descent_cosine(now: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Fl
         Prieto et al. (2025), Grokking at the edge of numerical stability, arXiv 2501.04697.
 
     Example:
-        >>> descent_cosine({"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([-2.0, 0.0])}).item()
+        >>> descent_cosine(torch.tensor([1.0, 0.0]), torch.tensor([-2.0, 0.0])).item()
         1.0
     """
-    theta, grad = _flat(now.values()), _flat(grads[name] for name in now)
-    return -(theta @ grad) / (theta.norm() * grad.norm())
-
-
-def _flat(tensors: Iterable[Tensor]) -> Float[Tensor, " parameter"]:
-    return torch.cat([precise(tensor).flatten() for tensor in tensors])
+    return _cosine(_products([now], [grad]))
 
 
 class WeightUpdate(Metric):
@@ -107,23 +96,46 @@ class WeightUpdate(Metric):
     def update(self, snapshot: Snapshot) -> None:
         """Add the weights and gradients of a snapshot."""
         weights = given(snapshot.weights, "params")
-        self._add_group("", weights.named, snapshot)
+        nothing = torch.zeros(3, dtype=torch.float64)
+        changes, slopes = [nothing], [nothing]
         for group, names in weights.groups.items():
-            if names:
-                now = {name: weights.named[name] for name in names}
-                self._add_group(f"_{group}", now, snapshot)
+            tensors = [precise(weights.named[name]) for name in names]
+            if not tensors:
+                continue
+            if snapshot.before:
+                starts = [precise(snapshot.before[name]) for name in names]
+                steps = [now - start for now, start in zip(tensors, starts, strict=True)]
+                changes.append(_products(starts, steps))
+            if snapshot.grads:
+                slopes.append(_products(tensors, [precise(snapshot.grads[name]) for name in names]))
+            self._add_part(f"_{group}", changes[-1], slopes[-1])
+        self._add_part("", torch.stack(changes).sum(dim=0), torch.stack(slopes).sum(dim=0))
 
-    def _add_group(self, suffix: str, now: Mapping[str, Tensor], snapshot: Snapshot) -> None:
-        has_start = _is_nonzero(now, snapshot.before)
-        change = weight_update(now, snapshot.before) if has_start else {}
-        for name in ("length", "radial", "tangential"):
+    def _add_part(self, suffix: str, change: Tensor, slope: Tensor) -> None:
+        has_start = int(change[0] > 0)
+        for name, length in _lengths(change).items():
             part = "" if name + suffix == "length" else name + suffix
-            value, why = change.get(name, 0.0), "no earlier parameters, or all 0"
-            self.add(value, n=int(has_start), part=part, otherwise=why)
-        has_grad = _is_nonzero(now, snapshot.grads)
-        value = descent_cosine(now, snapshot.grads) if has_grad else 0.0
-        self.add(value, n=int(has_grad), part=f"cosine{suffix}", otherwise="no gradient")
+            self.add(length, n=has_start, part=part, otherwise="no earlier parameters, or all 0")
+        has_slope = int(slope[0] * slope[2] > 0)
+        self.add(_cosine(slope), n=has_slope, part=f"cosine{suffix}", otherwise="no gradient")
 
 
-def _is_nonzero(names: Iterable[str], tensors: Mapping[str, Tensor]) -> bool:
-    return bool(tensors) and any(tensors[name].any() for name in names)
+def _products(
+    a: Iterable[Float[Tensor, "..."]], b: Iterable[Float[Tensor, "..."]]
+) -> Float[Tensor, "3"]:
+    """The sums a.a, a.b and b.b over tensors; they add up over groups of parameters."""
+    pairs = [(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]
+    return torch.stack([torch.stack([x @ x, x @ y, y @ y]) for x, y in pairs]).sum(dim=0)
+
+
+def _lengths(products: Float[Tensor, "3"]) -> dict[str, Float[Tensor, ""]]:
+    start, along, change = products
+    radial = along / start.sqrt()
+    # round-off leaves a change that is wholly radial a hair below 0
+    tangential = (change - radial.square()).clamp(min=0).sqrt()
+    return {"length": change.sqrt(), "radial": radial, "tangential": tangential}
+
+
+def _cosine(products: Float[Tensor, "3"]) -> Float[Tensor, ""]:
+    theta, along, grad = products
+    return -along / (theta * grad).sqrt()

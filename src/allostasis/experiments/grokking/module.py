@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -63,7 +63,7 @@ class Grokking(L.LightningModule):
         chunk: Annotated[int, Gt(0)] = 10,
         lr: Annotated[float, Gt(0)] = 1e-3,
         weight_decay: Annotated[float, Ge(0)] = 1.0,
-        betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.98),
+        betas: Annotated[Sequence[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)] = (0.9, 0.98),
         warmup_steps: Annotated[int, Ge(0)] = 10,
         optimiser: Optimiser = "adamw",
         engine: Engine = "structured",
@@ -115,7 +115,7 @@ class Grokking(L.LightningModule):
     def _optimiser(self, model: ModularTransformer, decay: float) -> torch.optim.Optimizer:
         kind = {"adamw": torch.optim.AdamW, "adam_l2": torch.optim.Adam}[self.optimiser]
         return kind(
-            model.parameters(), lr=self.lr, weight_decay=decay, betas=self.betas, fused=True
+            model.parameters(), lr=self.lr, weight_decay=decay, betas=tuple(self.betas), fused=True
         )
 
     @property

@@ -13,12 +13,14 @@ from functools import partial
 import numpy as np
 
 from allostasis.analysis import figures as draw
+from allostasis.analysis import outcomes
 from allostasis.analysis import statistics as st
 from allostasis.analysis.aggregate import Arm
+from allostasis.analysis.canvas import Figure, Quantity
 from allostasis.analysis.curves import HIGH, LOW, RunView, UndefinedError
 from allostasis.analysis.estimands import generator
-from allostasis.analysis.figures import Figure, Quantity
-from allostasis.analysis.tables import Table, event_table, number, survival_table
+from allostasis.analysis.tables import Table, event_table, survival_table
+from allostasis.analysis.text import number
 
 ACCURACY = Quantity("accuracy", "test accuracy (Psi)", "test")
 AMPLITUDES = (
@@ -72,13 +74,13 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "survival",
             "Share of seeds that have not generalised",
             "Kaplan-Meier with log-log Greenwood bands; seeds that end before T_grok are censored.",
-            partial(draw.survival, arms, "t_grok", "95 % test accuracy"),
+            partial(outcomes.survival, arms, "t_grok", "95 % test accuracy"),
         ),
         Figure(
             "t_grok",
             "Time to grok",
             "One point a seed. The box is drawn where no seed is censored.",
-            partial(draw.event_times, arms, "t_grok", "T_grok"),
+            partial(outcomes.event_times, arms, "t_grok", "T_grok"),
         ),
         Figure(
             "head_norms",

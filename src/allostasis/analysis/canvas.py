@@ -1,0 +1,114 @@
+"""One style for all figures: readable in print and without colour vision."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from allostasis.analysis.curves import Curve, RunView
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+    from allostasis.analysis.aggregate import Arm
+
+# Okabe & Ito (2008): told apart with every kind of colour vision
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+)
+ARM_COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+INK, GREY, PALE = "#222222", "#777777", "#e8e8e8"
+STEP_COLOURS = "viridis"
+STEPS = "step (optimiser updates)"
+DPI = 130
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the report.
+
+    Attributes:
+        name: Stem of its file.
+        title: Heading in the report.
+        caption: What it shows, of which runs.
+        draw: Makes it.
+    """
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[], Canvas]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A curve to draw.
+
+    Attributes:
+        metric: Name in the records.
+        label: Axis label: plain name, symbol, unit.
+        split: Which data, or None for weights.
+        part: Short name in a legend.
+    """
+
+    metric: str
+    label: str
+    split: str | None = None
+    part: str = ""
+
+    def of(self, run: RunView) -> Curve:
+        """This curve of a run."""
+        return run.curve(self.metric, split=self.split)
+
+
+@contextmanager
+def style() -> Iterator[Any]:
+    """Matplotlib's pyplot in the report's style, drawing to memory only."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings: Any = {
+        "figure.dpi": DPI,
+        "savefig.dpi": DPI,
+        "figure.constrained_layout.use": True,
+        "font.size": 10,
+        "font.family": "DejaVu Sans",
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": INK,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": PALE,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.6,
+    }
+    with mpl.rc_context(settings):
+        yield plt
+
+
+def png(figure: Figure) -> bytes:
+    """Draw a figure as PNG; the same records give the same bytes."""
+    with style() as plt:
+        canvas = figure.draw()
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format="png", metadata={"Software": None})
+        plt.close(canvas)
+    return buffer.getvalue()
+
+
+def count(arm: Arm) -> str:
+    """How many seeds an arm has, in words."""
+    return f"{len(arm.runs)} seed{'s' if len(arm.runs) != 1 else ''}"

@@ -1,0 +1,251 @@
+"""The audit report: REPORT.md, report.html, verdicts.json and figures."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from allostasis.analysis import canvas, outcomes
+from allostasis.analysis.aggregate import Arm, arms, shown
+from allostasis.analysis.canvas import Figure
+from allostasis.analysis.claims import Claim
+from allostasis.analysis.curves import RunView, UndefinedError
+from allostasis.analysis.families import seed_warnings
+from allostasis.analysis.provenance import provenance
+from allostasis.analysis.tables import Table, exploratory
+from allostasis.analysis.text import cell
+from allostasis.analysis.verdicts import Result, judge
+from allostasis.analysis.wording import Block, blocks
+from allostasis.core.records import write_atomically, write_json
+
+WORDS = ("supported", "refuted", "equivalent", "undecided")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What an experiment adds to its report.
+
+    Attributes:
+        folder: The experiment's package, which holds its claims.
+        claims: Its claims.
+        figures: Makes figures of the arms shown.
+        tables: Makes tables of them.
+    """
+
+    folder: Path
+    claims: list[Claim]
+    figures: Callable[[Sequence[Arm]], list[Figure]] | None = None
+    tables: Callable[[Sequence[Arm]], list[Table]] | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as the templates take it.
+
+    Attributes:
+        name: Stem of its file.
+        title: Heading.
+        caption: What it shows.
+        image: PNG; empty where it could not be drawn.
+        missing: Why it could not.
+    """
+
+    name: str
+    title: str
+    caption: str
+    image: bytes
+    missing: str = ""
+
+    @property
+    def path(self) -> str:
+        """Where REPORT.md finds it."""
+        return f"figures/{self.name}.png"
+
+    @property
+    def base64(self) -> str:
+        """The image for report.html, which needs no other file."""
+        return base64.b64encode(self.image).decode()
+
+
+@dataclass(frozen=True)
+class Study:
+    """One experiment of a report, judged and drawn.
+
+    Attributes:
+        exp: Experiment.
+        arms: All of its arms.
+        results: One a claim.
+        blocks: The results in words.
+        figures: Drawn.
+        tables: The experiment's, then the exploratory one.
+        warnings: Claims that its seeds cannot decide.
+        provenance: Labels and texts.
+        metrics: What each recorded metric is, by name.
+    """
+
+    exp: str
+    arms: list[Arm]
+    results: list[Result]
+    blocks: list[Block]
+    figures: list[Drawn]
+    tables: list[Table]
+    warnings: list[str]
+    provenance: list[tuple[str, str]]
+    metrics: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> str:
+        """How many claims got each verdict."""
+        found = Counter(result.verdict.word for result in self.results)
+        return ", ".join(f"{found[word]} {word}" for word in WORDS) + f" of {len(self.results)}"
+
+    @property
+    def arm_rows(self) -> list[tuple[str, ...]]:
+        """One row an arm: what it is, its seeds, whether the figures show it."""
+        first = {arm.condition: arm for arm in reversed(self.arms)}
+        return [
+            (
+                arm.condition,
+                arm.device,
+                arm.hash,
+                ", ".join(map(str, arm.seeds)) or "none",
+                ", ".join(sorted({str(run.last_step) for run in arm.runs})) or "none",
+                "yes" if arm is first[arm.condition] and arm.runs else "no",
+            )
+            for arm in self.arms
+        ]
+
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        """Runs that do not count, with why."""
+        return [pair for arm in self.arms for pair in arm.left_out.items()]
+
+
+def study(exp: str, runs: Sequence[RunView], extension: Extension) -> Study:
+    """Judge an experiment's claims on its runs and draw its figures."""
+    every = arms(runs)
+    results = judge(extension.claims, every)
+    conditions = dict.fromkeys(arm.condition for arm in every if arm.runs)
+    there = [shown(every, condition) for condition in conditions]
+    drawn: list[Drawn] = []
+    tables: list[Table] = []
+    if there:
+        wanted = extension.figures(there) if extension.figures is not None else []
+        drawn = [_drawn(figure) for figure in wanted]
+        tables = extension.tables(there) if extension.tables is not None else []
+        tables = [*tables, exploratory(there)]
+    if extension.claims:
+        forest = Figure(
+            "forest", "Claims with an estimate",
+            "Grey: what is claimed. Dashed: the bound. Bar: the interval. Each row has its own "
+            "scale; verdicts are drawn alike.",
+            lambda: outcomes.forest(results),
+        )  # fmt: skip
+        drawn.insert(0, _drawn(forest))
+    n_seeds = min((len(arm.runs) for arm in there), default=0)
+    return Study(
+        exp=exp,
+        arms=every,
+        results=results,
+        blocks=blocks(results, every),
+        figures=drawn,
+        tables=tables,
+        warnings=seed_warnings(extension.claims, n_seeds),
+        provenance=provenance(runs, extension.claims, extension.folder),
+        metrics=_metrics(runs),
+    )
+
+
+def _drawn(figure: Figure) -> Drawn:
+    try:
+        return Drawn(figure.name, figure.title, figure.caption, canvas.png(figure))
+    except UndefinedError as error:
+        return Drawn(figure.name, figure.title, figure.caption, b"", missing=str(error))
+
+
+def _metrics(runs: Sequence[RunView]) -> list[tuple[str, dict[str, Any]]]:
+    known: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        known |= run.run.get("metrics") or {}
+    return sorted(known.items())
+
+
+def write(title: str, studies: Sequence[Study], folder: Path) -> list[Path]:
+    """Write a report.
+
+    Args:
+        title: Heading.
+        studies: One an experiment.
+        folder: Where REPORT.md, report.html, verdicts.json and figures/ shall be.
+
+    Returns:
+        The files written, figures last.
+    """
+    environment = Environment(
+        loader=PackageLoader("allostasis.analysis"),
+        autoescape=True,  # of Markdown too: what `cell` has made safe is marked so
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = cell
+    written: list[Path] = []
+    for name in ("report.md", "report.html"):
+        text = environment.get_template(f"{name}.jinja").render(title=title, studies=studies)
+        path = folder / (name if name.endswith(".html") else "REPORT.md")
+        write_atomically(path, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+        written.append(path)
+    verdicts = {s.exp: [_as_json(result) for result in s.results] for s in studies}
+    write_json(folder / "verdicts.json", verdicts)
+    written.append(folder / "verdicts.json")
+    for figure in (figure for s in studies for figure in s.figures if figure.image):
+        path = folder / figure.path
+        write_atomically(path, lambda file, figure=figure: file.write_bytes(figure.image))
+        written.append(path)
+    return written
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    """A result with everything that its verdict came from."""
+    claim, inference = result.claim, result.inference
+    content: dict[str, Any] = {
+        "id": claim.id,
+        "verdict": result.verdict.word,
+        "reason": result.verdict.reason,
+        "text": claim.text,
+        "status": claim.status,
+        "claim_sha256": result.hash,
+        "changed_after_run": list(result.changed),
+        "family": claim.family,
+        "family_size": result.family_size,
+    }
+    if claim.all_of:
+        return content | {"all_of": list(claim.all_of)}
+    content |= {"direction": claim.direction, "bound": claim.bound, "alpha": claim.alpha}
+    content |= {"estimate": None, "n": 0, "min_seeds": claim.min_seeds}
+    if inference is not None:
+        content |= {
+            "estimate": inference.estimate,
+            "n": inference.n,
+            "interval": None if result.interval is None else vars(result.interval),
+            "p_support": result.p_support,
+            "p_refute": result.p_refute,
+            "level_support_adjusted": result.q_support,
+            "level_refute_adjusted": result.q_refute,
+        }
+    for role, sample in (("units", result.treatment), ("control_units", result.control)):
+        if sample is not None:
+            content[role] = [
+                {"seed": seed, "run_id": run, "value": float(value), "censored": bool(late)}
+                for seed, run, value, late in zip(
+                    sample.seeds, sample.run_ids, sample.values, sample.censored, strict=True
+                )
+            ]
+    return content

@@ -1,0 +1,181 @@
+"""The report: figures and verdicts from records, without training anything.
+
+Try:
+  python -m allostasis.report outputs/grokking              one experiment
+  python -m allostasis.report outputs                       all of them
+  python -m allostasis.report RUN --export audit --to DIR   audit.json under the documents' name
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from allostasis.analysis.document import Extension, Study
+    from allostasis.analysis.verdicts import Result
+    from allostasis.core.records import RunRecord
+
+EXPERIMENTS = "allostasis.experiments."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report of each folder; exit status 2 where a folder holds no run."""
+    words = _parser().parse_args(argv)
+    try:
+        for folder in words.folders:
+            runs = _runs(folder)
+            if words.export:
+                _export(runs, words.to)
+            else:
+                _report(folder, runs)
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+class UsageError(ValueError):
+    """What the user asked for is not there; the message says what is."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m allostasis.report",
+        description=(__doc__ or "").strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER",
+        help="outputs, one experiment's folder in it, or one run's folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--export", choices=["audit"], help="copy each run's audit.json instead of reporting"
+    )
+    parser.add_argument(
+        "--to", type=Path, default=Path(), metavar="DIR", help="where to copy it (default: here)"
+    )
+    return parser
+
+
+def _runs(folder: Path) -> list[RunRecord]:
+    from allostasis.core.records import read_runs
+
+    if not folder.is_dir():
+        there = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []
+        listed = f"{folder.parent} holds: {', '.join(there) or 'nothing'}"
+        if not folder.parent.is_dir():
+            listed = f"{folder.parent} is not there either"
+        raise UsageError(f"{folder} is not a folder. {listed}.")
+    runs = read_runs(folder)
+    if not runs:
+        there = sorted(p.name for p in folder.iterdir())
+        raise UsageError(
+            f"{folder} holds no run: no run.json lies in or below it. "
+            f"It holds: {', '.join(there) or 'nothing'}. "
+            "A run is made by: python -m allostasis +exp=grokking preset=quick"
+        )
+    return runs
+
+
+def _report(folder: Path, records: Sequence[RunRecord]) -> None:
+    from allostasis.analysis import document
+    from allostasis.analysis.aggregate import IdenticalArmsError
+    from allostasis.analysis.claims import ClaimError
+    from allostasis.analysis.curves import RunView
+
+    views = [RunView(record) for record in records]
+    try:
+        studies = [
+            document.study(exp, [v for v in views if v.exp == exp], _extension(exp, views))
+            for exp in dict.fromkeys(view.exp for view in views)
+        ]
+    except (ClaimError, IdenticalArmsError) as error:
+        raise UsageError(str(error)) from error
+    written = document.write(f"Report on {folder.resolve().name}", studies, folder / "report")
+    _print(studies, written)
+
+
+def _extension(exp: str, views: Sequence) -> Extension:
+    """An experiment's claims, figures and tables: beside the module that its config names."""
+    from allostasis.analysis import claims
+    from allostasis.analysis.document import Extension
+
+    record = next(view.record for view in views if view.exp == exp)
+    target = str(record.config["module"]["_target_"])
+    package = target.rpartition(".")[0].rpartition(".")[0]
+    found = package.startswith(EXPERIMENTS) and importlib.util.find_spec(package)
+    if not found or not found.submodule_search_locations:
+        return Extension(Path(), [])
+    folder = Path(found.submodule_search_locations[0])
+    registered = claims.load(folder, exp)
+    if importlib.util.find_spec(f"{package}.report") is None:
+        return Extension(folder, registered)
+    module = importlib.import_module(f"{package}.report")
+    return Extension(folder, registered, module.figures, module.tables)
+
+
+def _print(studies: Sequence[Study], written: Sequence[Path]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    for study in studies:
+        table = Table(title=f"{study.exp}: {study.counts}", title_justify="left", box=SIMPLE_HEAD)
+        rows = [_row(result) for result in study.results]
+        for column, head in enumerate(("claim", "verdict", "estimate and interval")):
+            width = max((len(row[column]) for row in rows), default=0)
+            table.add_column(head, no_wrap=True, min_width=width)
+        table.add_column("why undecided", no_wrap=True, overflow="ellipsis")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for path in written:
+        console.print(str(path), soft_wrap=True, highlight=False, markup=False)
+
+
+def _row(result: Result) -> tuple[str, str, str, str]:
+    from allostasis.analysis.text import bracket, number
+
+    word = result.verdict.word
+    found = "" if result.inference is None else number(result.inference.estimate)
+    found += "" if result.interval is None else f" {bracket(result.interval)}"
+    return result.claim.id, word, found, result.verdict.reason if word == "undecided" else ""
+
+
+def _export(runs: Sequence[RunRecord], folder: Path) -> None:
+    """Copy audit.json of each run under the name that the source documents give it."""
+    from allostasis.core.audit import LETTERS, file_name
+
+    copies: dict[Path, Path] = {}
+    for record in runs:
+        if record.run["exp"] not in LETTERS:
+            raise UsageError(
+                f"{record.folder}: the documents have no log of '{record.run['exp']}'; "
+                f"they have {', '.join(LETTERS)}"
+            )
+        source, target = record.folder / "audit.json", folder / file_name(record.run)
+        if not source.is_file():
+            raise UsageError(f"{source} is not there: the run is {record.run['status']}")
+        if target in copies:
+            raise UsageError(
+                f"{copies[target].parent} and {record.folder} would both become {target.name}; "
+                "export one of them at a time, or into different folders"
+            )
+        copies[target] = source
+    folder.mkdir(parents=True, exist_ok=True)
+    for target, source in copies.items():
+        shutil.copyfile(source, target)
+        print(target)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
