@@ -149,10 +149,17 @@ def test_one_bad_run_stops_a_sweep_before_its_first(tmp_path: Path) -> None:
     ]
 
 
-def test_flags_that_exclude_each_other_are_explained(tmp_path: Path) -> None:
-    assert refused(tmp_path, "+exp=grokking", "-m", "--cfg", "job") == [
-        "-m sweeps, --cfg and --info show one config: give one of them"
-    ]
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["-m", "--cfg", "job"], "-m sweeps, --cfg and --info show one config: give one of them"),
+        (["--resolve"], "--resolve goes with --cfg or --help"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_explained(
+    tmp_path: Path, flags: list[str], said: str
+) -> None:
+    assert refused(tmp_path, "+exp=grokking", *flags) == [said]
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m"]])

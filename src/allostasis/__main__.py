@@ -72,7 +72,7 @@ def job(cfg: DictConfig) -> None:
 
     from allostasis.run import run
 
-    run(cfg, folder)
+    run(cfg, folder, command=" ".join(["python -m allostasis", *hydra.overrides.task]))
 
 
 def main() -> int:
@@ -91,12 +91,21 @@ def main() -> int:
     if "--version" in flags:
         print(f"allostasis {__version__}")
         return 0
-    if SWEEP & {*flags} and SHOW & {*flags}:
-        print("-m sweeps, --cfg and --info show one config: give one of them", file=sys.stderr)
+    if conflict := _conflict({*flags}):
+        print(conflict, file=sys.stderr)
         return 2
     if is_help and (header := texts.describe(experiment or "")):
         print(header, end="\n\n")
     return _hydra(flags, overrides)
+
+
+def _conflict(flags: set[str]) -> str | None:
+    """What Hydra would say with a traceback."""
+    if flags & SWEEP and flags & SHOW:
+        return "-m sweeps, --cfg and --info show one config: give one of them"
+    if "--resolve" in flags and not flags & {"--cfg", "-c", "--help", "-h"}:
+        return "--resolve goes with --cfg or --help"
+    return None
 
 
 def _hydra(flags: list[str], overrides: list[str]) -> int:
@@ -109,7 +118,7 @@ def _hydra(flags: list[str], overrides: list[str]) -> int:
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # has Hydra raise its errors, not print them
-    warnings.filterwarnings("error", message="Callback")  # a check that fails is no pass
+    warnings.filterwarnings("error", message=r"Callback Supervisor\.")  # no check, no run
     register()
     sys.argv[1:] = [*flags, *overrides]
     try:

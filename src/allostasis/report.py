@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from allostasis.core.records import RunRecord
 
 EXPERIMENTS = "allostasis.experiments."
+HEADS = ("claim", "verdict", "estimate and interval", "why undecided")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,12 +133,12 @@ def _print(studies: Sequence[Study], written: Sequence[Path]) -> None:
     for study in studies:
         table = Table(title=f"{study.exp}: {study.counts}", title_justify="left", box=SIMPLE_HEAD)
         rows = [_row(result) for result in study.results]
-        for column, head in enumerate(("claim", "verdict", "estimate and interval")):
-            width = max((len(row[column]) for row in rows), default=0)
-            table.add_column(head, no_wrap=True, min_width=width)
-        table.add_column("why undecided", no_wrap=True, overflow="ellipsis")
-        for row in rows:
-            table.add_row(*map(escape, row))
+        widths = [max(map(len, cells)) for cells in zip(HEADS, *rows, strict=True)][:3]
+        room = max(12, console.width - sum(widths) - 3 * len(HEADS))
+        for head, width in zip(HEADS, [*widths, room], strict=True):
+            table.add_column(head, no_wrap=True, width=width)
+        for *cells, why in rows:
+            table.add_row(*map(escape, cells), escape(textwrap.shorten(why, room, placeholder="…")))
         console.print(table)
     for path in written:
         console.print(str(path), soft_wrap=True, highlight=False, markup=False)

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from threadpoolctl import threadpool_limits
 
-
+from allostasis import instrument
 from allostasis.analysis import claims
 from allostasis.callbacks import loggers
 from allostasis.callbacks.cadence import Plan
@@ -29,12 +29,13 @@ from allostasis.core.provenance import RunFile, Status
 from allostasis.core.records import read_run, write_atomically, write_json
 
 
-def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[str, Any]:
     """Do one run, or go on with it where an interrupted one stopped.
 
     Args:
         cfg: A config that `core.validate` found good.
         folder: The run's folder; what an unfinished run left there is taken up.
+        command: The words that make this one run, for run.json.
 
     Returns:
         Content of run.json.
@@ -54,7 +55,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         if cfg.force:
             _clear(folder)
         file = RunFile(folder)
-        identity = _open(cfg, folder, file)
+        identity = _open(cfg, folder, file, command)
         status: Status = "failed"
         facts: dict[str, Any] = {}
         error: BaseException | None = None
@@ -75,7 +76,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         return file.content
 
 
-def _open(cfg: DictConfig, folder: Path, file: RunFile) -> Identity:
+def _open(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) -> Identity:
     """Write run.json, config.yaml and claims.json: everything that is fixed before a run."""
     digest = config_hash(cfg)
     device_word = str(cfg.device).replace(":", "")
@@ -95,10 +96,12 @@ def _open(cfg: DictConfig, folder: Path, file: RunFile) -> Identity:
         "claims_hash": registered["hash"],
         "claims": registered["hashes"],
         "threads": threads,
+        "command": command,
     })
     OmegaConf.resolve(cfg)
     write_atomically(folder / "config.yaml", lambda path: OmegaConf.save(cfg, path))
-    write_atomically(folder / "claims.json", lambda path: path.write_text(registered["text"], "utf-8"))
+    text = registered["text"]
+    write_atomically(folder / "claims.json", lambda path: path.write_text(text, encoding="utf-8"))
     return identity
 
 
@@ -109,9 +112,8 @@ def _work(
     device = devices.resolve(cfg.device)
     facts: dict[str, Any] = {"device_resolved": device.name, "device_name": device.model}
     if cfg.gates:
-        from allostasis import instrument
-
-        facts["gates"] = {gate.name: vars(gate) for gate in instrument.run_gates()}
+        gates = instrument.run_gates()
+        facts["gates"] = {gate.name: vars(gate) | {"passed": gate.passed} for gate in gates}
 
     L.seed_everything(cfg.seed, verbose=False)
     task = instantiate(cfg.task)

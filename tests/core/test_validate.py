@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
@@ -154,12 +155,15 @@ def test_a_target_of_a_package_that_is_not_allowed_is_not_even_imported(
 
 
 def test_a_target_whose_dependency_is_missing_says_which(
-    problems: Check, monkeypatch: pytest.MonkeyPatch
+    problems: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "rich.table", None)
-    monkeypatch.delitem(sys.modules, "allostasis.core.sweep", raising=False)
-    (problem,) = problems("allostasis.core.sweep.table")
-    assert problem.endswith("for want of the module 'rich.table'; is it installed?")
+    (tmp_path / "needy.py").write_text("import a_package_that_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (problem,) = problems("needy.Thing", fields={"allow": ["needy"]})
+    assert problem == (
+        "module._target_='needy.Thing': cannot be imported, for want of the module "
+        "'a_package_that_nobody_has'; is it installed?"
+    )
 
 
 def test_settings_that_nothing_reads_are_told(problems: Check) -> None:

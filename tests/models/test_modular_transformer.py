@@ -1,5 +1,6 @@
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.testing import assert_close
 
 from allostasis.models.modular_transformer import ModularTransformer, cross_entropy
 from allostasis.tasks.modular_addition import ModularAddition, Pairs
+
+CONF = Path(__file__).parents[2] / "conf"
 
 # Sums of up to 640 products round in another order in the two forwards, nothing else differs.
 LOGITS = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -29,7 +32,7 @@ def unlike(ours: Tensor, oracle: Tensor) -> float:
 
 
 def perturbed(model: ModularTransformer) -> ModularTransformer:
-    """Biases away from zero, so that no term can hide behind them."""
+    """The model with its biases away from zero, where no term can hide."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for bias in (model.b_in, model.b_out):
@@ -37,14 +40,27 @@ def perturbed(model: ModularTransformer) -> ModularTransformer:
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def away_from_kinks(model: ModularTransformer) -> ModularTransformer:
+    """The model with every other neuron always on and the others always off.
+
+    Among two million pre-activations some lie within rounding of zero, and their gradients jump.
+    """
+    with torch.no_grad():
+        model.b_in.fill_(1.0)[::2] = -1.0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("dtype", "prepared"), [(torch.float32, away_from_kinks), (torch.float64, perturbed)]
+)
 @pytest.mark.parametrize("p", [7, 113])
-def test_structured_equals_naive_values_and_gradients(p, dtype) -> None:
-    model = perturbed(ModularTransformer(seed=0, p=p)).to(dtype)
+def test_structured_equals_naive_values_and_gradients(p, dtype, prepared) -> None:
     task = ModularAddition(seed=0, p=p, probe_size=8)
+    model = perturbed(ModularTransformer(seed=0, p=p)).to(dtype)
     naive_logits = model(task.test.tokens)[:, -1].detach()
     assert_close(model.logits(task.test), naive_logits, rtol=0, atol=LOGITS[dtype])
 
+    model = prepared(ModularTransformer(seed=0, p=p)).to(dtype)
     naive_loss, naive = gradients(model, task.train, engine="naive")
     loss, structured = gradients(model, task.train, engine="structured")
     assert loss.dtype == torch.float64
@@ -165,6 +181,53 @@ def test_equal_logits_cost_the_log_of_the_number_of_outputs(engine) -> None:
     assert model.loss(pairs, engine=engine).item() == pytest.approx(math.log(8), rel=1e-15)
 
 
+def test_gradients_follow_what_is_done_to_the_loss() -> None:
+    model = perturbed(ModularTransformer(seed=0, p=7)).double()
+    task = ModularAddition(seed=0, p=7, probe_size=8)
+    _, train = gradients(model, task.train)
+    _, test = gradients(model, task.test)
+    model.zero_grad()
+    (3 * model.loss(task.train) - model.loss(task.test)).backward()
+    for name, weight in model.named_parameters():
+        assert_close(weight.grad, 3 * train[name] - test[name], rtol=1e-10, atol=1e-12)
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    model = ModularTransformer(seed=0, p=7)
+    model.W_E.requires_grad_(False)
+    model.loss(ModularAddition(seed=0, p=7, probe_size=8).train).backward()
+    assert model.W_E.grad is None
+    assert model.W_U.grad is not None
+
+
+def test_loss_without_gradients_is_the_same_number() -> None:
+    model = ModularTransformer(seed=0, p=7).double()
+    pairs = ModularAddition(seed=0, p=7, probe_size=8).train
+    with torch.no_grad():
+        loss = model.loss(pairs)
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(model.loss(pairs).item(), rel=1e-15)
+
+
+def test_bfloat16_products_change_gradients_by_their_rounding_and_no_setting_of_torch() -> None:
+    model = ModularTransformer(seed=0)
+    pairs = ModularAddition(seed=0).train
+    exact_loss, exact = gradients(model, pairs)
+    loss, rounded = gradients(model, pairs, matmul="bfloat16")
+    assert torch.get_float32_matmul_precision() == "highest"
+    # a factor's rounding error is at most 2^-9; a product has two factors, a gradient two products
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=2**-8)
+    for name, oracle in exact.items():
+        assert unlike(rounded[name], oracle) < 4 * 2**-8, name
+
+
+def test_bfloat16_products_are_refused_where_they_have_no_effect() -> None:
+    model = ModularTransformer(seed=0, p=7)
+    pairs = ModularAddition(seed=0, p=7, probe_size=8).train
+    with pytest.raises(ValueError, match=r"matmul=bfloat16 has no effect with engine=naive"):
+        model.loss(pairs, engine="naive", matmul="bfloat16")
+
+
 def test_a_hooked_model_does_not_take_the_engine_without_hook_points() -> None:
     model = ModularTransformer(seed=0, p=7)
     pairs = ModularAddition(seed=0, p=7, probe_size=8).train
@@ -200,7 +263,7 @@ def test_cross_entropy_of_a_confident_answer_is_computed_in_float64() -> None:
 
 
 def test_config_repeats_the_signature() -> None:
-    config = OmegaConf.to_container(OmegaConf.load("conf/model/modular_transformer.yaml"))
+    config = OmegaConf.to_container(OmegaConf.load(CONF / "model/modular_transformer.yaml"))
     parameters = inspect.signature(ModularTransformer).parameters
     assert set(config) - {"_target_"} == set(parameters)
     for name in ("d_model", "n_heads", "d_mlp"):

@@ -1,5 +1,6 @@
 import inspect
 import itertools
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -10,6 +11,8 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 from allostasis.tasks.modular_addition import ModularAddition, Pairs
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 def keys(pairs: Pairs) -> set[tuple[int, int]]:
@@ -146,7 +149,7 @@ def test_a_fraction_that_leaves_nothing_to_train_on_is_refused() -> None:
 
 
 def test_config_repeats_the_signature() -> None:
-    config = OmegaConf.load("conf/task/modular_addition.yaml")
+    config = OmegaConf.load(CONF / "task/modular_addition.yaml")
     parameters = inspect.signature(ModularAddition).parameters
     assert set(config) - {"_target_"} == set(parameters)
     raw = OmegaConf.to_container(config)

@@ -107,28 +107,38 @@ def _arm(identity: tuple[str, str, str, str], runs: list[RunView]) -> Arm:
     return Arm(*identity, runs=tuple(counted.values()), left_out=left_out)
 
 
-def shown(arms: Sequence[Arm], condition: str, settings: Mapping[str, Any] | None = None) -> Arm:
+def shown(
+    arms: Sequence[Arm], condition: str, settings: Mapping[str, Any] | None = None
+) -> tuple[Arm, str]:
     """The arm that stands for a condition: the one with most finished seeds.
 
     Args:
         arms: All arms of one experiment.
         condition: Which condition.
-        settings: Config values, by dotted name, that the arm must have.
+        settings: Config values, by dotted name, that the arm should have.
+
+    Returns:
+        The arm, and in words which of the settings it does not have; empty where it has all.
 
     Raises:
-        UndefinedError: No arm of this condition has a finished run with these settings; the message
-            begins with "not run".
+        UndefinedError: No run of this condition is finished; the message begins with "not run".
     """
     there = [arm for arm in arms if arm.condition == condition and arm.runs]
     if not there:
         raise UndefinedError(f"not run (no finished run of condition '{condition}')")
     wanted = settings or {}
-    fitting = [a for a in there if all(a.setting(key) == wanted[key] for key in wanted)]
-    if not fitting:
-        unlike = {k: there[0].setting(k) for k in wanted if there[0].setting(k) != wanted[k]}
-        names = ", ".join(f"{key}={wanted[key]}, here {value}" for key, value in unlike.items())
-        raise UndefinedError(f"not run (at the registered settings: {names})")
-    return fitting[0]
+    for arm in there:
+        if all(arm.setting(key) == value for key, value in wanted.items()):
+            return arm, ""
+    here = {key: there[0].setting(key) for key in wanted}
+    unlike = [f"{k}={wanted[k]}, here {here[k]}" for k in wanted if here[k] != wanted[k]]
+    return there[0], "; ".join(unlike)
+
+
+def one_a_condition(arms: Sequence[Arm]) -> list[Arm]:
+    """The arm that stands for each condition that has a finished run."""
+    conditions = dict.fromkeys(arm.condition for arm in arms if arm.runs)
+    return [shown(arms, condition)[0] for condition in conditions]
 
 
 def check_distinct(treatment: Arm, control: Arm) -> None:

@@ -29,6 +29,7 @@ INK, GREY, PALE = "#222222", "#777777", "#e8e8e8"
 STEP_COLOURS = "viridis"
 STEPS = "step (optimiser updates)"
 DPI = 130
+MIN_WIDTH = 7.2  # inches, so that a legend below a single panel has room
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,19 @@ class Quantity:
         label: Axis label: plain name, symbol, unit.
         split: Which data, or None for weights.
         part: Short name in a legend.
+        is_summed: Whether to add up layers and heads.
     """
 
     metric: str
     label: str
     split: str | None = None
     part: str = ""
+    is_summed: bool = False
 
     def of(self, run: RunView) -> Curve:
         """This curve of a run."""
+        if self.is_summed:
+            return run.total(self.metric, split=self.split)
         return run.curve(self.metric, split=self.split)
 
 

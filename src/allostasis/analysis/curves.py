@@ -82,7 +82,8 @@ class RunView:
     @property
     def device(self) -> str:
         """Kind of device that it ran on: cpu, cuda or mps."""
-        return str(self.run["device_resolved"]).split(":")[0]
+        known = self.run.get("device_resolved") or self.run["device"]  # a run that failed at once
+        return str(known).split(":")[0]
 
     @property
     def final_weights(self) -> str | None:
@@ -183,6 +184,18 @@ class RunView:
             )
         return Curve(rows["step"].to_numpy(np.int64), rows["value"].to_numpy(np.float64))
 
+    def total(self, metric: str, *, split: str | None = None) -> Curve:
+        """Sum of a metric over layers and heads, as a curve.
+
+        Raises:
+            UndefinedError: The run has no such rows.
+        """
+        rows = self.table(metric, split=split).drop_duplicates()
+        if rows.empty:
+            raise UndefinedError(f"{metric} was not recorded")
+        summed = rows.groupby("step")["value"].sum()
+        return Curve(summed.index.to_numpy(np.int64), summed.to_numpy(np.float64))
+
     def scalar_curves(self) -> Iterator[tuple[str, str | None, str, Curve]]:
         """Every metric that has one number a step and split, as (metric, split, unit, curve)."""
         rows = self._rows
@@ -227,7 +240,9 @@ class RunView:
         if end is None:
             return None
         below = np.flatnonzero((accuracy.values < LOW) & (accuracy.steps < end))
-        start = float(accuracy.steps[0]) if not len(below) else _between(accuracy, below[-1], LOW)
+        start = (
+            float(accuracy.steps[0]) if not len(below) else _between(accuracy, int(below[-1]), LOW)
+        )
         return start, end
 
     def published_velocities(self, curve: Curve) -> tuple[np.ndarray, np.ndarray]:

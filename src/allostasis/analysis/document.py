@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from allostasis.analysis import canvas, outcomes
-from allostasis.analysis.aggregate import Arm, arms, shown
+from allostasis.analysis.aggregate import Arm, arms, one_a_condition
 from allostasis.analysis.canvas import Figure
 from allostasis.analysis.claims import Claim
 from allostasis.analysis.curves import RunView, UndefinedError
@@ -108,7 +108,7 @@ class Study:
     @property
     def arm_rows(self) -> list[tuple[str, ...]]:
         """One row an arm: what it is, its seeds, whether the figures show it."""
-        first = {arm.condition: arm for arm in reversed(self.arms)}
+        shown = one_a_condition(self.arms)
         return [
             (
                 arm.condition,
@@ -116,7 +116,7 @@ class Study:
                 arm.hash,
                 ", ".join(map(str, arm.seeds)) or "none",
                 ", ".join(sorted({str(run.last_step) for run in arm.runs})) or "none",
-                "yes" if arm is first[arm.condition] and arm.runs else "no",
+                "yes" if arm in shown else "no",
             )
             for arm in self.arms
         ]
@@ -131,8 +131,7 @@ def study(exp: str, runs: Sequence[RunView], extension: Extension) -> Study:
     """Judge an experiment's claims on its runs and draw its figures."""
     every = arms(runs)
     results = judge(extension.claims, every)
-    conditions = dict.fromkeys(arm.condition for arm in every if arm.runs)
-    there = [shown(every, condition) for condition in conditions]
+    there = one_a_condition(every)
     drawn: list[Drawn] = []
     tables: list[Table] = []
     if there:

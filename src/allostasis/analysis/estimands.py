@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Inference:
         effect: Standardised distance from the bound, where units have a spread.
         sd: Standard deviation between units, on the scale of the test.
         beside: What is printed beside it and decides nothing, by name.
+        untestable: Why there is neither interval nor test, where there is none.
     """
 
     estimate: float | None
@@ -42,6 +43,7 @@ class Inference:
     effect: st.Effect | None = None
     sd: float | None = None
     beside: dict[str, str] = field(default_factory=dict)
+    untestable: str = ""
 
 
 def generator(claim_id: str) -> np.random.Generator:
@@ -68,7 +70,7 @@ def infer(claim: Claim, treatment: Sample, control: Sample | None = None) -> Inf
             return median_time(values, treatment.censored)
         case "kappa":
             assert treatment.denominators is not None
-            return ratio_of_sums(values, treatment.denominators, generator(claim.id))
+            return kappa(values, treatment.denominators, generator(claim.id))
         case "log_ratio":
             others = control.values if control is not None else np.ones_like(values)
             return log_ratio(values / others, _bound(claim), generator(claim.id))
@@ -90,7 +92,8 @@ def _bound(claim: Claim) -> float:
 
 def mean(values: np.ndarray, bound: float, rng: np.random.Generator) -> Inference:
     """Mean over units: t below 50 of them, BCa from there."""
-    _check_spread(values)
+    if alone := _untestable(values.mean(), values):
+        return alone
     n = len(values)
     effect = st.one_sample_effect(values, bound) if n > 2 else None
     beside = {"sign-flip p (two-sided)": f"{st.sign_flip(values, bound, rng):.3g}"}
@@ -131,8 +134,11 @@ def log_ratio(ratios: np.ndarray, bound: float, rng: np.random.Generator) -> Inf
 
 def difference(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> Inference:
     """Difference of the means of two unpaired arms by Welch's t."""
-    _check_spread(left)
-    _check_spread(right)
+    spread = np.concatenate([left - left.mean(), right - right.mean()])
+    if min(len(left), len(right)) == 1:
+        spread = spread[:1]
+    if alone := _untestable(left.mean() - right.mean(), spread):
+        return alone
     return Inference(
         float(left.mean() - right.mean()), min(len(left), len(right)),
         lambda level: st.welch_interval(left, right, level=level),
@@ -167,22 +173,36 @@ def median_time(times: np.ndarray, censored: np.ndarray) -> Inference:
     )  # fmt: skip
 
 
+def kappa(
+    scale_lost: np.ndarray, alignment_gained: np.ndarray, rng: np.random.Generator
+) -> Inference:
+    """Exchange rate of log logit scale for log alignment, with both terms and their signs beside.
+
+    kappa = - sum of changes of log A / sum of changes of log G; it is the same for "A up, G down"
+    and for "A down, G up".
+    """
+    changes = {
+        "log A": -scale_lost.mean(),
+        "log G": alignment_gained.mean(),
+        "log margin": (alignment_gained - scale_lost).mean(),
+    }
+    beside = {f"mean change of {name}": number(float(value)) for name, value in changes.items()}
+    return replace(ratio_of_sums(scale_lost, alignment_gained, rng), beside=beside)
+
+
 def ratio_of_sums(
     numerators: np.ndarray, denominators: np.ndarray, rng: np.random.Generator
 ) -> Inference:
-    """Ratio of sums over units, kappa among them: Fieller below 100 units, BCa from there.
+    """Ratio of sums over units: Fieller below 100 units, BCa from there.
 
     Raises:
         UndefinedError: The denominator's 95 % interval contains 0.
     """
-    _check_spread(numerators - numerators.sum() / denominators.sum() * denominators)
     n = len(numerators)
-    st.fieller(numerators, denominators)
-    both = {
-        "change of the numerator (mean)": f"{number(float(numerators.mean()))}",
-        "change of the denominator (mean)": f"{number(float(denominators.mean()))}",
-    }
     estimate = float(numerators.sum() / denominators.sum())
+    if alone := _untestable(estimate, numerators - estimate * denominators):
+        return alone
+    st.fieller(numerators, denominators)
     if n < RATIO_BOOTSTRAP_FROM:
         return Inference(
             estimate, n,
@@ -190,20 +210,30 @@ def ratio_of_sums(
             lambda b: st.ratio_above(numerators, denominators, b),
             lambda b: st.ratio_above(-numerators, denominators, -b),
             sd=float((numerators - estimate * denominators).std(ddof=1) / abs(denominators.mean())),
-            beside=both,
         )  # fmt: skip
 
     def statistic(num: np.ndarray, den: np.ndarray, axis: int = -1) -> np.ndarray:
         return num.sum(axis=axis) / den.sum(axis=axis)
 
     boot = st.Bootstrap((numerators, denominators), statistic, rng)
+    return Inference(estimate, n, boot.interval, boot.p_above, lambda b: 1 - boot.p_above(b))
+
+
+def _untestable(estimate: float, values: np.ndarray) -> Inference | None:
+    """An estimate alone, where the units' spread is unknown or 0; else None."""
+    if len(values) > 1 and np.ptp(values) > 0:
+        return None
+    degenerate = "ci_degenerate: all units are equal, so their spread is 0"
+    reason = "one unit has no interval" if len(values) == 1 else degenerate
+
+    def no_interval(level: float) -> Interval:
+        raise UndefinedError(f"{reason} at {level:.0%}")
+
     return Inference(
-        estimate, n, boot.interval, boot.p_above, lambda b: 1 - boot.p_above(b), beside=both
+        float(estimate),
+        len(values),
+        no_interval,
+        lambda _: 1.0,
+        lambda _: 1.0,
+        untestable=reason,
     )
-
-
-def _check_spread(values: np.ndarray) -> None:
-    if len(values) == 1:
-        raise UndefinedError("one unit has no interval")
-    if np.ptp(values) == 0:
-        raise UndefinedError("ci_degenerate: all units are equal, so their spread is 0")

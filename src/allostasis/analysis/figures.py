@@ -16,6 +16,7 @@ from allostasis.analysis.canvas import (
     GREEN,
     GREY,
     INK,
+    MIN_WIDTH,
     ORANGE,
     STEP_COLOURS,
     STEPS,
@@ -47,7 +48,7 @@ def phase_diagram(arms: Sequence[Arm], across: Sequence[Quantity], up: Quantity)
         figure, axes = plt.subplots(
             len(across),
             len(arms),
-            figsize=(4.4 * len(arms) + 1.2, 3.0 * len(across) + 0.5),
+            figsize=(max(MIN_WIDTH, 4.4 * len(arms) + 1.2), 3.0 * len(across) + 0.5),
             sharey=True,
             sharex="row",
             squeeze=False,
@@ -182,6 +183,7 @@ def heat_map(arms: Sequence[Arm], quantity: Quantity, *, index: str) -> Canvas:
                 shading="nearest",
                 rasterized=True,
             )
+            axis.set_xlim(0, steps[-1])
             axis.set_title(f"{arm.condition}, seed {arm.runs[0].seed}")
             axis.set_ylabel(index)
             axis.grid(visible=False)
@@ -191,7 +193,7 @@ def heat_map(arms: Sequence[Arm], quantity: Quantity, *, index: str) -> Canvas:
 
 
 def _grid(run: RunView, quantity: Quantity) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rows = run.table(quantity.metric, split=quantity.split)
+    rows = run.table(quantity.metric, split=quantity.split).drop_duplicates()
     if rows.empty:
         raise UndefinedError(f"{quantity.metric} was not recorded")
     table = rows.pivot(index="position", columns="step", values="value")
@@ -204,7 +206,7 @@ def by_head(arms: Sequence[Arm], quantities: Sequence[Quantity]) -> Canvas:
         figure, axes = plt.subplots(
             len(quantities),
             len(arms),
-            figsize=(4.6 * len(arms), 2.6 * len(quantities) + 0.6),
+            figsize=(max(MIN_WIDTH, 4.6 * len(arms)), 2.6 * len(quantities) + 0.6),
             squeeze=False,
             sharey="row",
             sharex="col",
@@ -219,7 +221,7 @@ def by_head(arms: Sequence[Arm], quantities: Sequence[Quantity]) -> Canvas:
             axis.set_xlabel(STEPS)
             axis.locator_params(axis="x", nbins=5)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -246,7 +248,11 @@ def terms(arms: Sequence[Arm], quantities: Sequence[Quantity], unit: str) -> Can
     """Terms of an identity over steps: a panel an arm, every seed thin, their mean bold."""
     with style() as plt:
         figure, axes = plt.subplots(
-            1, len(arms), figsize=(4.6 * len(arms) + 0.4, 3.6), squeeze=False, sharey=True
+            1,
+            len(arms),
+            figsize=(max(MIN_WIDTH, 4.6 * len(arms) + 0.4), 3.6),
+            squeeze=False,
+            sharey=True,
         )
         for axis, arm in zip(axes[0], arms, strict=True):
             for quantity, colour in zip(quantities, (ORANGE, GREEN, INK), strict=False):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from allostasis.analysis.aggregate import Arm
     from allostasis.analysis.verdicts import Result
 
+BOX_FROM = 5  # seeds: quartiles of fewer are the points themselves
+
 
 def survival(arms: Sequence[Arm], event: str, label: str) -> Canvas:
     """Kaplan-Meier curve of each arm with its log-log Greenwood band."""
@@ -77,11 +79,11 @@ def event_times(arms: Sequence[Arm], event: str, label: str) -> Canvas:
         figure, axis = plt.subplots(figsize=(6.6, 0.8 * len(arms) + 1.4))
         for row, (arm, colour) in enumerate(zip(arms, ARM_COLOURS, strict=False)):
             times, censored = arm.times_to(event)
-            if (~censored).any() and not censored.any():
+            if len(times) >= BOX_FROM and not censored.any():
                 axis.boxplot(
                     times,
                     positions=[row],
-                    vert=False,
+                    orientation="horizontal",
                     widths=0.5,
                     showfliers=False,
                     medianprops={"color": INK},
@@ -145,9 +147,14 @@ def _forest_row(axis: Axes, result: Result) -> None:
     assert claim.bound is not None
     bounds = claim.bound if isinstance(claim.bound, tuple) else (claim.bound,)
     ends = [] if interval is None else [x for x in (interval.low, interval.high) if x is not None]
-    marks = [*bounds, *ends, estimate]
-    span = max(marks) - min(marks) or abs(marks[0]) or 1.0
-    low, high = min(marks) - 0.15 * span, max(marks) + 0.15 * span
+    marks = np.array([*bounds, *ends, estimate])
+    is_ratio = claim.estimand is not None and claim.estimand.of == "log_ratio"
+    if is_ratio:
+        axis.set_xscale("log")
+    places = np.log(marks) if is_ratio else marks
+    margin = 0.15 * (np.ptp(places) or abs(places[0]) or 1.0)
+    edges = np.array([places.min() - margin, places.max() + margin])
+    low, high = (np.exp(edges) if is_ratio else edges).tolist()
     axis.set_xlim(low, high)
     claimed = {
         "greater": [(bounds[0], high)],
@@ -168,7 +175,8 @@ def _forest_row(axis: Axes, result: Result) -> None:
     axis.spines["left"].set_visible(False)
     axis.grid(visible=False)
     axis.tick_params(axis="x", labelsize=7.5, length=2, pad=1)
-    axis.locator_params(axis="x", nbins=6)
+    if not is_ratio:
+        axis.locator_params(axis="x", nbins=6)
     axis.text(-0.01, 0.5, claim.id, transform=axis.transAxes, ha="right", va="center", fontsize=9)
     axis.text(
         1.01,

@@ -106,7 +106,7 @@ def peaks_before(curve: Curve, run: RunView, event: str) -> float:
 def time_to(run: RunView, event: str) -> Time:
     """Step of an event; censored at the run's last step where it has not come."""
     step = run.event(event)
-    return Time(run.last_step, censored=True) if step is None else Time(step, censored=False)
+    return Time(float(run.last_step), censored=True) if step is None else Time(step, censored=False)
 
 
 def reached(run: RunView, event: str) -> float:

@@ -8,6 +8,8 @@ they decide no claim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy import stats
 
@@ -84,7 +86,7 @@ def _p(drawn: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
     target = stats.rankdata(right)
     target -= target.mean()
 
-    def association(series: np.ndarray) -> np.ndarray:
+    def association(series: np.ndarray) -> Any:
         ranks = stats.rankdata(series, axis=-1)
         ranks -= ranks.mean(axis=-1, keepdims=True)
         return np.abs(ranks @ target) / np.sqrt((ranks**2).sum(axis=-1))

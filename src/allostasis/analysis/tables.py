@@ -61,7 +61,7 @@ def survival_table(arms: Sequence[Arm], event: str) -> Table:
             f"{int((~censored).sum())} of {len(times)}",
             number(curve.median),
             bracket(curve.median_interval()),
-            f"{number(round(mean))} ± {number(round(error))}",
+            f"{number(mean)} ± {number(error)}",
         ))
     note = "The interval is log-log Greenwood's; ± is a standard error."
     if len(arms) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Literal
 
 from allostasis.analysis import statistics as st
@@ -11,6 +12,7 @@ from allostasis.analysis.aggregate import (
     Arm,
     Sample,
     check_distinct,
+    one_a_condition,
     pair,
     shown,
     summarise,
@@ -24,6 +26,8 @@ from allostasis.analysis.text import leveled
 
 Word = Literal["supported", "refuted", "equivalent", "undecided"]
 CHANGED = "CHANGED AFTER RUN"
+UNLIKE = "not run at the registered settings"
+POSITIVE = ("supported", "equivalent")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Result:
         inference: The estimate; None where it is undefined.
         interval: At 1 - alpha.
         inner: At 1 - 2 alpha, for claims of equality and of negligible effects.
-        p_support: One-sided p of "on the wrong side of the bound".
+        p_support: One-sided p of "on the wrong side of the bound"; None where nothing is tested.
         p_refute: One-sided p of "as claimed".
         q_support: `p_support` on alpha's scale, adjusted by Holm in the family.
         q_refute: `p_refute`, likewise.
@@ -62,6 +66,7 @@ class Result:
         seeds_needed: Least units with which the test can decide; None for a compound.
         seeds_for_power: Units for 0.8 power at the registered effect; None: no such effect.
         changed: Runs that froze this claim otherwise, or not at all.
+        unlike: Registered settings that the runs do not have; then nothing can be decided.
         atoms: Results of a compound's atoms.
     """
 
@@ -81,6 +86,7 @@ class Result:
     seeds_needed: int | None = None
     seeds_for_power: int | None = None
     changed: tuple[str, ...] = ()
+    unlike: str = ""
     atoms: tuple[Result, ...] = field(default=())
 
     @property
@@ -133,8 +139,10 @@ def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
         One result a claim, in order.
 
     Raises:
-        IdenticalArmsError: A claim compares two conditions that are one.
+        IdenticalArmsError: Two conditions are one.
     """
+    for left, right in combinations(one_a_condition(arms), 2):
+        check_distinct(left, right)
     hashes = freeze(list(claims))["hashes"]
     measured = {c.id: _measure(c, arms, hashes[c.id]) for c in claims if not c.all_of}
     q_support = adjusted(claims, {k: _q(r, "p_support") for k, r in measured.items()}, max)
@@ -165,18 +173,21 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
     """Estimate and test an atom; where it is undefined, the verdict says why."""
     assert claim.arms is not None
     result = Result(claim, digest, Verdict("undecided", ""))
+    unlike = ""
     try:
-        arm = shown(arms, claim.arms.treatment, claim.settings)
+        arm, unlike = shown(arms, claim.arms.treatment, claim.settings)
         treatment, control, used = summarise(claim, arm), None, [arm]
         if claim.arms.control is not None:
             same_device = [other for other in arms if other.device == arm.device]
-            used.append(shown(same_device, claim.arms.control, claim.settings))
-            check_distinct(*used)
-            control = summarise(claim, used[1])
+            other, also_unlike = shown(same_device, claim.arms.control, claim.settings)
+            control, unlike = summarise(claim, other), unlike or also_unlike
+            used.append(other)
             if claim.estimand is not None and claim.estimand.of != "difference":
                 treatment, control = pair(treatment, control)
         changed = _changed(claim, digest, used)
-        result = replace(result, treatment=treatment, control=control, changed=changed)
+        result = replace(
+            result, treatment=treatment, control=control, changed=changed, unlike=unlike
+        )
         for side in used:
             if side.is_inert():
                 raise UndefinedError(
@@ -185,8 +196,9 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
                 )
         inference = infer(claim, treatment, control)
     except UndefinedError as error:
-        return replace(result, verdict=Verdict("undecided", str(error)))
-    p_support, p_refute = _p(claim, inference)
+        reason = f"{UNLIKE}: {unlike}" if unlike else str(error)
+        return replace(result, verdict=Verdict("undecided", reason))
+    p_support, p_refute = (None, None) if unlike or inference.untestable else _p(claim, inference)
     return replace(
         result,
         inference=inference,
@@ -238,8 +250,12 @@ def _decide(result: Result) -> Verdict:
     assert result.seeds_needed is not None
     assert result.q_support is not None
     assert result.q_refute is not None
+    if result.unlike:
+        return Verdict("undecided", f"{UNLIKE}: {result.unlike}")
     if inference.n < claim.min_seeds:
         return Verdict("undecided", f"{inference.n} of {claim.min_seeds} seeds")
+    if inference.untestable:
+        return Verdict("undecided", inference.untestable)
     verdict = rule(
         claim,
         q_support=result.q_support,
@@ -264,9 +280,6 @@ def _conditional(result: Result, earlier: Mapping[str, Result]) -> Result:
         reason = f"{reason} (on its own: {result.verdict.word})"
         return replace(result, verdict=Verdict("undecided", reason))
     return result
-
-
-POSITIVE = ("supported", "equivalent")
 
 
 def conjunction(atoms: Sequence[Result]) -> Verdict:

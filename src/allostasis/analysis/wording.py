@@ -129,14 +129,14 @@ def _measured(result: Result) -> list[tuple[str, str]]:
     for role, sample in (("units", result.treatment), ("control", result.control)):
         if sample is not None:
             lines.append((role, _units(sample)))
-    if inference is not None:
+    if inference is not None and result.p_support is not None:
         test = TESTS_OF.get(claim.estimand.of, TESTS[claim.test or "t"])
         scale = "support as it is, against doubled" if claim.direction == "inside" else "doubled"
         lines.append((
             "test",
             f"{test}: p_support {result.p_support:.3g}, p_refute {result.p_refute:.3g}; "
-            f"on alpha's scale ({scale}) and adjusted by Holm over the {result.family_size} of family "
-            f"'{claim.family}': {result.q_support:.3g} and {result.q_refute:.3g}",
+            f"on alpha's scale ({scale}) and adjusted by Holm over the {result.family_size} of "
+            f"family '{claim.family}': {result.q_support:.3g} and {result.q_refute:.3g}",
         ))
         if inference.effect is not None:
             g = inference.effect

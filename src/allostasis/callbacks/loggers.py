@@ -32,7 +32,10 @@ def build(cfg: DictConfig, *, identity: Identity, folder: Path) -> Logger | None
         folder: The run's folder; its config.yaml is there already.
     """
     _quieten_lightning()
-    return instantiate(cfg, identity=identity, folder=folder) if cfg else None
+    if not cfg:
+        return None
+    # as arguments of instantiate itself they would arrive as configs
+    return instantiate(cfg, _partial_=True)(identity=identity, folder=folder)
 
 
 def _quieten_lightning() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hydra import initialize_config_dir
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException, OverrideParseException
@@ -33,12 +35,13 @@ def command_problems(
         config_dir: The user's own folder of configs, where the command names one.
         is_sweep: Whether `a,b` stands for several runs.
     """
-    places = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        loader = GlobalHydra.instance().config_loader()
-        return composition_problems(
-            [*places, *words], loader=loader, config_name="config", is_sweep=is_sweep
-        )
+    path = create_config_search_path(str(conf_dir()))
+    if config_dir:
+        schema = SearchPathQuery(provider="schema")
+        path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor=schema)
+    version.setbase("1.3")
+    loader = ConfigLoaderImpl(path)
+    return composition_problems(words, loader=loader, config_name="config", is_sweep=is_sweep)
 
 
 def composition_problems(

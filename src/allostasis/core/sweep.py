@@ -164,10 +164,9 @@ def check_sweep(config: DictConfig) -> list[Point]:
         The runs, in the order in which they will start.
     """
     runs = _expand(config)
-    composed = [_compose(config, words) for words, _ in runs]
-    cfgs = [cfg for cfg in composed if isinstance(cfg, DictConfig)]
+    cfgs = _compose(config, [words for words, _ in runs])
     names = [" ".join(f"{key}={value}" for key, value in axes.items()) for _, axes in runs]
-    _refuse_any(names, [c if isinstance(c, list) else check_fields(c) for c in composed])
+    _refuse_any(names, [check_fields(cfg) for cfg in cfgs])
     _refuse_any(names, [check_blocks(cfg) for cfg in cfgs])
     points = [_point(axes, cfg) for (_, axes), cfg in zip(runs, cfgs, strict=True)]
     arms: dict[str, set[str]] = defaultdict(set)
@@ -190,9 +189,8 @@ def check_sweep(config: DictConfig) -> list[Point]:
 
 def _expand(config: DictConfig) -> list[tuple[list[str], dict[str, str]]]:
     """Each run's overrides, and what tells it from the other runs."""
-    defaults = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    overrides = parser.parse_overrides([*defaults, *config.hydra.overrides.task])
+    overrides = parser.parse_overrides(_design(config))
     runs = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
     settings = [dict(word.split("=", 1) for word in words) for words in runs]
     varying = [key for key in settings[0] if len({run[key] for run in settings}) > 1]
@@ -200,17 +198,24 @@ def _expand(config: DictConfig) -> list[tuple[list[str], dict[str, str]]]:
     return list(zip(runs, axes, strict=True))
 
 
-def _compose(config: DictConfig, words: list[str]) -> DictConfig | list[Problem]:
+def _design(config: DictConfig) -> list[str]:
+    """The experiment's own axes and then the command's, which win."""
+    defaults = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    return [*defaults, *config.hydra.overrides.task]
+
+
+def _compose(config: DictConfig, runs: Sequence[list[str]]) -> list[DictConfig]:
     loader = GlobalHydra.instance().config_loader()
     try:
-        return loader.load_sweep_config(config, words)
-    except CompactHydraException:
-        return composition_problems(
-            [*config.hydra.overrides.hydra, *words],
+        return [loader.load_sweep_config(config, words) for words in runs]
+    except CompactHydraException as error:
+        problems = composition_problems(
+            [*config.hydra.overrides.hydra, *_design(config)],
             loader=loader,
             config_name=config.hydra.job.config_name,
-            is_sweep=False,
+            is_sweep=True,
         )
+        refuse(problems or [f"config: {error}"], kind="sweep")
 
 
 def _point(axes: dict[str, str], cfg: DictConfig) -> Point:

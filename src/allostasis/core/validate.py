@@ -215,7 +215,7 @@ def _check_value(where: str, value: Any, adapter: TypeAdapter) -> Iterator[Probl
                     key, part = f"{key}[{step}]", part[step]
                 elif isinstance(part, dict) and step in part:
                     key, part = f"{key}.{step}", part[step]
-            found.setdefault(f"{key}={part!r}", []).append(_decapitalised(reason["msg"]))
+            found.setdefault(f"{key}={part!r}", []).append(_words(reason["msg"]))
         for setting, messages in found.items():
             yield Problem(setting, " or ".join(dict.fromkeys(messages)))
 
@@ -236,6 +236,10 @@ def _plain(value: Any) -> Any:
 
 def _first_line(error: OmegaConfBaseException) -> str:
     return _decapitalised(str(error).partition("\n")[0])
+
+
+def _words(message: str) -> str:
+    return _decapitalised(message).replace("valid array", "valid list")  # YAML's word, not JSON's
 
 
 def _decapitalised(text: str) -> str:

@@ -71,7 +71,6 @@ class ActivationEntropy(Metric):
     axes = ("layer",)
     parts = ("effective_rank", "condition", "published")
     part_units = {"effective_rank": "1", "condition": "1"}
-    audit_key = "activation_entropy"
     scale_law = {
         **invariant("vo", "qk", "relu", "gain", "rotation"),
         "resid": "changes",

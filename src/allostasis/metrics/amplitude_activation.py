@@ -89,40 +89,40 @@ class AmplitudeActivation(Metric):
         """Add the tokens of a snapshot."""
         for layer, resid in snapshot.layers("hook_resid_mid"):
             amplitude = amplitude_activation(precise(resid))
-            is_free = f"blocks.{layer}.hook_resid_mid" not in snapshot.normalised_sites
-            self._add("mid", layer, amplitude.mean(), n=amplitude.numel() * is_free)
+            if f"blocks.{layer}.hook_resid_mid" in snapshot.normalised_sites:
+                self.add(0.0, n=0, part="mid", layer=layer, otherwise=INERT)
+            else:
+                self.add(amplitude.mean(), n=amplitude.numel(), part="mid", layer=layer)
         for layer, resid in snapshot.layers("hook_resid_post"):
             tokens = precise(resid)
             amplitude = amplitude_activation(tokens)
-            is_free = f"blocks.{layer}.hook_resid_post" not in snapshot.normalised_sites
-            n, n_examples = amplitude.numel() * is_free, len(tokens) * is_free
-            self._add("", layer, amplitude.mean(), n=n)
-            self._add("at_answer", layer, amplitude[:, snapshot.readout].mean(), n=n_examples)
-            self._add_max_share(layer, tokens, amplitude, is_free=is_free)
-            self.accumulate("cells", _cells(amplitude.flatten()) * is_free, layer=layer)
             norm = amplitude.mean() * math.sqrt(tokens.shape[-1])
             self.add(norm, n=amplitude.numel(), part="published", layer=layer)
+            if f"blocks.{layer}.hook_resid_post" in snapshot.normalised_sites:
+                for part in ("", "median", "p99", "max_share", "at_answer"):
+                    self.add(0.0, n=0, part=part, layer=layer, otherwise=INERT)
+            else:
+                self._add_free(layer, tokens, amplitude, snapshot.readout)
 
-    def _add_max_share(
-        self, layer: int, tokens: Tensor, amplitude: Tensor, *, is_free: bool
-    ) -> None:
+    def _add_free(self, layer: int, tokens: Tensor, amplitude: Tensor, readout: int) -> None:
+        answer = amplitude[:, readout]
+        self.add(amplitude.mean(), n=amplitude.numel(), layer=layer)
+        self.add(answer.mean(), n=len(answer), part="at_answer", layer=layer)
+        self.accumulate("cells", _cells(amplitude.flatten()), layer=layer)
         moving = amplitude > 0
         share = tokens.abs().amax(dim=-1)[moving] / amplitude[moving]
         self.add(
             share.square().mean() / tokens.shape[-1],
-            n=moving.sum() * is_free,
+            n=moving.sum(),
             part="max_share",
             layer=layer,
-            otherwise="every residual vector is 0" if is_free else INERT,
+            otherwise="every residual vector is 0",
         )
-
-    def _add(self, part: str, layer: int, value: Tensor, *, n: int) -> None:
-        self.add(value, n=n, part=part, layer=layer, otherwise=INERT)
 
     def means(self) -> dict[Place, Mean]:
         """Give the means, and the quantiles of the histograms."""
         means = super().means()
         for layer, cells in self.kept("cells"):
             for part, share in (("median", 0.5), ("p99", 0.99)):
-                means[Place(part, layer)] = Mean(_quantile(cells, share), cells[0].sum(), INERT)
+                means[Place(part, layer)] = Mean(_quantile(cells, share), cells[0].sum())
         return means

@@ -216,7 +216,7 @@ class Metric(torchmetrics.Metric):
         parts: Names of the numbers beside the main one; `*` stands for any parameter's name.
         part_symbols: Symbols of the parts whose symbol is not the metric's.
         part_units: Units of the parts whose unit is not the metric's.
-        audit_key: Key of the part `published` in audit.json.
+        audit_key: The metric's key in audit.json, or None where it has none.
         scale_law: What the value does under a change of scale or gauge: an exponent, `invariant`
             or `changes`, by law; a part with a law of its own has the key `<part>.<law>`. Laws:
             `resid` (r -> c r at the site read), `logit_scale` (l -> c l), `logit_shift` (l + const)
@@ -280,7 +280,10 @@ class Metric(torchmetrics.Metric):
         """
         assert not part or any(fnmatchcase(part, declared) for declared in self.parts), part
         assert {*over} <= {*self.axes}, over
-        mean = precise(torch.as_tensor(value))
+        if isinstance(value, Tensor):
+            mean = precise(value)
+        else:
+            mean = torch.tensor(value, dtype=widest(self.device), device=self.device)
         assert mean.ndim == len(over), (mean.shape, over)
         weight = torch.as_tensor(n, dtype=mean.dtype, device=mean.device).expand(mean.shape)
         place = Place(part, layer, head, position, over)
@@ -396,14 +399,24 @@ def invariant(*laws: str) -> dict[str, int | str]:
     return dict.fromkeys(laws, "invariant")
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The widest float of a device.
+
+    Example:
+        >>> widest(torch.device("cpu"))
+        torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def precise(values: Tensor) -> Tensor:
-    """Cast to float64, or to float32 on a device that has none.
+    """Cast to the widest float of the device that the values are on.
 
     Example:
         >>> precise(torch.ones(2, dtype=torch.bfloat16)).dtype
         torch.float64
     """
-    return values.float() if values.device.type == "mps" else values.double()
+    return values.to(widest(values.device))
 
 
 def given(value: T | None, name: str) -> T:

@@ -101,7 +101,6 @@ class Calibration(Metric):
     needs = ("logits", "labels")
     parts = ("brier", "nll", "equal_mass", "published")
     part_units = {"nll": "nat"}
-    audit_key = "calibration"
     scale_law = {**invariant(*GAUGES, "logit_shift"), "logit_scale": "changes"}
     direction = "down is better; 0: right as often as confident"
     source = "Guo et al. (2017), On calibration of modern neural networks, arXiv 1706.04599"
@@ -122,11 +121,8 @@ class Calibration(Metric):
     def means(self) -> dict[Place, Mean]:
         """Give the errors of the histograms over all batches and devices."""
         means = super().means()
-        (_, bins), (_, cells), (_, own) = *self.kept("bins"), *self.kept("cells"), *self.kept("own")
-        for part, histogram in (
-            ("", bins),
-            ("equal_mass", _equal_mass(cells)),
-            ("published", own),
-        ):
-            means[Place(part)] = Mean(_error(histogram), histogram[0].sum())
+        for part, name in (("", "bins"), ("equal_mass", "cells"), ("published", "own")):
+            for _, histogram in self.kept(name):
+                bins = _equal_mass(histogram) if name == "cells" else histogram
+                means[Place(part)] = Mean(_error(bins), histogram[0].sum())
         return means

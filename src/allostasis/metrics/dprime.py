@@ -128,7 +128,8 @@ class DPrime(Metric):
 
     Parts:
         mean_shift: log ||Dmu||, signal amplitude.
-        read_alignment: log cos(w, Dmu), how well the readout looks along the signal.
+        read_alignment: log cos(w, Dmu), how well the readout looks along the signal; an estimate,
+            which noise can lift above 0.
         noise_level: Minus half the log of the noise's variance per feature.
         noise_alignment: Minus half the log of the noise along the readout relative to its mean.
         accuracy_pred: Phi(d'/2), accuracy of a midpoint decision on one sample under Gaussian

@@ -60,9 +60,10 @@ class KeyFrequencies(Metric):
         """Add the logits of every pair."""
         along, total = snapshot.once(along_and_total, "grid_logits")
         is_key = torch.zeros_like(along)
-        if along.any():
+        is_defined = bool(total > 0 and along.any())
+        if is_defined:
             is_key[[k - 1 for k in key_frequencies(along)]] = 1
         why = "no frequency explains any of the logits"
-        self.add(is_key.sum(), n=int(along.any()), otherwise=why)
+        self.add(is_key.sum(), n=int(is_defined), otherwise=why)
         share = {"n": is_key, "over": ("position",), "position": 1, "otherwise": None}
         self.add(along / total, part="member", **share)

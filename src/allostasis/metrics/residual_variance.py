@@ -129,11 +129,14 @@ class ResidualVariance(Metric):
         """Add the examples of a snapshot."""
         classes = given(snapshot.classes, "classes")
         n_classes = given(snapshot.n_classes, "n_classes")
-        for site in ("mid", "post"):
+        for site, parts in (("mid", ("mid",)), ("post", ("", *self.parts[:6]))):
             for layer, resid in snapshot.layers(f"hook_resid_{site}"):
-                is_free = f"blocks.{layer}.hook_resid_{site}" not in snapshot.normalised_sites
-                moments = _moments(resid[:, snapshot.readout], classes, n_classes)
-                self.accumulate(site, moments * is_free, layer=layer)
+                if f"blocks.{layer}.hook_resid_{site}" in snapshot.normalised_sites:
+                    for part in parts:
+                        self.add(0.0, n=0, part=part, layer=layer, otherwise=INERT)
+                else:
+                    moments = _moments(resid[:, snapshot.readout], classes, n_classes)
+                    self.accumulate(site, moments, layer=layer)
         for layer, resid in snapshot.layers("hook_resid_post"):
             tokens = precise(resid)
             centred = tokens - tokens.mean(dim=-1, keepdim=True)
@@ -143,7 +146,7 @@ class ResidualVariance(Metric):
 
     def means(self) -> dict[Place, Mean]:
         """Give the variances of the moments over all batches and devices."""
-        means = {}
+        means = super().means()
         for layer, moments in self.kept("mid"):
             means[Place("mid", layer)] = _means(moments)["total"]
         for layer, moments in self.kept("post"):
@@ -158,8 +161,7 @@ def _means(moments: Float[Tensor, "classes moment"]) -> dict[str, Mean]:
     counts = moments[:, 0]
     n, kept = counts.sum(), counts[counts >= 2].sum()
     variances = _variances(moments)
-    why = INERT if n == 0 else "too few classes with two examples"
-    undefined = Mean(torch.zeros_like(n), 0, why)
+    undefined = Mean(torch.zeros_like(n), 0, "too few classes with two examples")
     parts = ("total", "between", "within", "between_unbiased", "within_unbiased", "common")
     means = {p: Mean(variances[p], kept) if p in variances else undefined for p in parts}
-    return means | {"excluded": Mean(1 - kept / n, n, why)}
+    return means | {"excluded": Mean(1 - kept / n, n)}

@@ -89,7 +89,7 @@ class RoutingDrift(Metric):
     def update(self, snapshot: Snapshot) -> None:
         """Add the patterns of a snapshot."""
         for layer, now in snapshot.layers("attn.hook_pattern"):
-            nothing = torch.zeros(now.shape[1])
+            nothing = now.new_zeros(now.shape[1])
             absent = {"": "no snapshot one lag earlier", "from_init": "no snapshot at step 0"}
             for part, why in absent.items():
                 self.add(nothing, n=0, part=part, over=("head",), layer=layer, otherwise=why)

@@ -1,6 +1,5 @@
 """Routing stability (G): how much of attention has stayed since the last recorded step."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,6 +26,7 @@ def routing_stability(
         Lin (1991), Divergence measures based on the Shannon entropy, IEEE Trans. Inf. Theory 37.
 
     Example:
+        >>> import torch
         >>> pattern = torch.eye(2)[None]
         >>> routing_stability(pattern, pattern).item()
         1.0
@@ -52,6 +52,7 @@ def published_stability(
         The Conservation of Separability v2.1, with scipy's `jensenshannon`.
 
     Example:
+        >>> import torch
         >>> left, right = torch.eye(2)[:1], torch.eye(2)[1:]
         >>> published_stability(left, right).item()
         0.1674
@@ -86,7 +87,7 @@ class RoutingStability(Metric):
     def update(self, snapshot: Snapshot) -> None:
         """Add the patterns of a snapshot."""
         for layer, now in snapshot.layers("attn.hook_pattern"):
-            nothing, why = torch.zeros(now.shape[1]), "no snapshot one lag earlier"
+            nothing, why = now.new_zeros(now.shape[1]), "no snapshot one lag earlier"
             self.add(nothing, n=0, over=("head",), layer=layer, otherwise=why)
             if snapshot.step == 0:
                 self._add_published(1.0, layer)

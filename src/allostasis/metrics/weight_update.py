@@ -96,7 +96,7 @@ class WeightUpdate(Metric):
     def update(self, snapshot: Snapshot) -> None:
         """Add the weights and gradients of a snapshot."""
         weights = given(snapshot.weights, "params")
-        nothing = torch.zeros(3, dtype=torch.float64)
+        nothing = precise(weights.W_U.new_zeros(3))
         changes, slopes = [nothing], [nothing]
         for group, names in weights.groups.items():
             tensors = [precise(weights.named[name]) for name in names]

@@ -17,7 +17,8 @@ two wide sides, only the last is left. Nothing is approximated; autograd through
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -27,26 +28,6 @@ from torch.nn.functional import embedding, embedding_bag
 
 Matmul = Literal["float32", "bfloat16"]
 LANES = 16  # table rows are padded to whole vectors of this many float32 numbers
-
-
-@runtime_checkable
-class Pairs(Protocol):
-    """What the engine needs of a batch of questions 'a op b ='. It must not change afterwards."""
-
-    @property
-    def a(self) -> Int64[Tensor, " pair"]:
-        """Left operand, 0 to p - 1."""
-        ...
-
-    @property
-    def b(self) -> Int64[Tensor, " pair"]:
-        """Right operand, 0 to p - 1."""
-        ...
-
-    @property
-    def answer(self) -> Int64[Tensor, " pair"]:
-        """The label, 0 to p - 1."""
-        ...
 
 
 class Parameters(NamedTuple):
@@ -66,7 +47,7 @@ class Parameters(NamedTuple):
 
 
 class Scatter:
-    """Sums rows by the target that each is for: what a gather's gradient needs.
+    """Entries in the order of the rows they are added to, and where each row's begin.
 
     Args:
         target: For each entry, the row that it is added to.
@@ -87,20 +68,43 @@ class PairIndex:
     are then summed in as many shares.
     """
 
-    def __init__(self, pairs: Pairs, *, p: int, n_heads: int) -> None:
-        n_pairs, device = len(pairs.a), pairs.a.device
-        self.pairs, self.n_rows = pairs, (2 * p + 1) * n_heads + p
-        self.sources = torch.stack((pairs.a, pairs.b + p, torch.full_like(pairs.a, 2 * p)))
-        heads = torch.arange(n_heads, device=device)
-        read = (self.sources[:2].T[:, :, None] * n_heads + heads).flatten(1)
-        self.rows = torch.cat((read, (self.n_rows - p + pairs.a)[:, None]), dim=1)
+    def __init__(
+        self, a: Int64[Tensor, " pair"], b: Int64[Tensor, " pair"], *, p: int, n_heads: int
+    ) -> None:
+        self.n_sources, self.n_rows = 2 * p + 1, (2 * p + 1) * n_heads + p
+        self.sources = torch.stack((a, b + p, torch.full_like(a, 2 * p)))
+        self.reads = 2 * n_heads
+        heads = torch.arange(n_heads, device=a.device)
+        self.read = (self.sources[:2].T[:, :, None] * n_heads + heads).flatten(1)
+        self.rows = torch.cat((self.read, (self.n_rows - p + a)[:, None]), dim=1)
+        # glibc hands freed memory back to the system, and every step faults its pages in anew (a
+        # third of the time), until a block of nearly 32 MiB was freed: from then on it keeps them
+        torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
-        self.read = read.flatten()
-        self.reader = torch.arange(n_pairs, device=device).repeat_interleave(2 * n_heads)
-        self.read_start = torch.arange(n_pairs, device=device) * (2 * n_heads)
-        self.by_row = Scatter(self.rows.flatten(), self.n_rows)
-        self.pair_by_row = self.by_row.order // (2 * n_heads + 1)
-        self.by_source = Scatter(self.sources[:2].flatten(), 2 * p + 1)
+    @cached_property
+    def by_row(self) -> Scatter:
+        """Entries of `rows` by the table row that they read."""
+        return Scatter(self.rows.flatten(), self.n_rows)
+
+    @cached_property
+    def pair_by_row(self) -> Int64[Tensor, " entry"]:
+        """The pairs of those entries."""
+        return self.by_row.order // (self.reads + 1)
+
+    @cached_property
+    def by_source(self) -> Scatter:
+        """Entries of the first two rows of `sources` by the source."""
+        return Scatter(self.sources[:2].flatten(), self.n_sources)
+
+    @cached_property
+    def read_start(self) -> Int64[Tensor, " pair"]:
+        """Where each pair's entries of `read` begin."""
+        return torch.arange(len(self.read), device=self.read.device) * self.reads
+
+    @cached_property
+    def reader(self) -> Int64[Tensor, " entry"]:
+        """The pair of each entry of `read`."""
+        return torch.arange(len(self.read), device=self.read.device).repeat_interleave(self.reads)
 
 
 class Folded(NamedTuple):
@@ -125,8 +129,8 @@ def fold(theta: Parameters, index: PairIndex) -> Folded:
     d_mlp, (_, d_vocab) = len(theta.b_in), theta.W_U.shape
     p, n_pairs = len(theta.W_E) - 1, index.sources.shape[1]
     equals = theta.W_E[p] + theta.W_pos[2]
-    first, second = theta.W_pos[0] - equals, theta.W_pos[1] - equals
-    sources = torch.cat((theta.W_E[:p] + first, theta.W_E[:p] + second, equals[None]))
+    numbers = theta.W_E[:p] + (theta.W_pos[:2] - equals)[:, None]
+    sources = torch.cat((numbers.flatten(0, 1), equals[None]))
 
     query = torch.matmul(equals, theta.W_Q) / math.sqrt(d_head)
     key = torch.bmm(theta.W_K, query[:, :, None])[:, :, 0]
@@ -141,7 +145,7 @@ def fold(theta: Parameters, index: PairIndex) -> Folded:
     value = torch.matmul(sources, theta.W_V)
     write = (theta.W_O.flatten(0, 1) @ readers).view(n_heads, d_head, -1)
     table = equals.new_empty(index.n_rows, readers.shape[1])
-    by_source = table[:-p].view(2 * p + 1, n_heads, -1)
+    by_source = table[:-p].view(index.n_sources, n_heads, -1)
     torch.bmm(value, write, out=by_source.transpose(0, 1))
     constant = equals @ readers + by_source[-1].sum(dim=0)
     constant[:d_mlp] += theta.b_in
@@ -153,9 +157,7 @@ def fold(theta: Parameters, index: PairIndex) -> Folded:
     )  # fmt: skip
 
 
-def forward(
-    theta: Parameters, folded: Folded, index: PairIndex, matmul: Matmul
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(folded: Folded, index: PairIndex, matmul: Matmul) -> tuple[Tensor, Tensor, Tensor]:
     """Each pair's row: hidden activations, logits, padding; and the first two as views of it."""
     d_mlp, d_vocab = folded.hidden_to_logits.shape
     rows = embedding_bag(index.rows, folded.table, mode="sum", per_sample_weights=folded.weights)
@@ -170,12 +172,16 @@ class StructuredLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, index: PairIndex, matmul: Matmul, *parameters: Tensor
+        ctx: Any,
+        index: PairIndex,
+        answer: Int64[Tensor, "pair 1"],
+        matmul: Matmul,
+        *parameters: Tensor,
     ) -> Float64[Tensor, ""]:
+        """The loss; `ctx` takes the gradients of its sum over pairs."""
         theta = Parameters(*parameters)
         folded = fold(theta, index)
-        rows, hidden, logits = forward(theta, folded, index, matmul)
-        answer = index.pairs.answer[:, None]
+        rows, hidden, logits = forward(folded, index, matmul)
         log_prob = logits.log_softmax(dim=1, dtype=torch.float64)
         loss = -log_prob.gather(1, answer).mean()
 
@@ -192,9 +198,12 @@ class StructuredLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grad_loss / ctx.n_pairs
-        return None, None, *(gradient * scale for gradient in ctx.gradients)
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients, scaled by that of the loss."""
+        scale = grad_outputs[0] / ctx.n_pairs
+        return None, None, None, *(gradient * scale for gradient in ctx.gradients)
 
 
 def backward(
@@ -213,7 +222,7 @@ def backward(
         index.pair_by_row, grad_rows, index.by_row.start, mode="sum", per_sample_weights=weights
     )
     grad_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_rows, folded.table, index.read, index.read_start, index.reader, 0
+        grad_rows, folded.table, index.read.flatten(), index.read_start, index.reader, 0
     )
 
     # attention: scores, keys, queries
@@ -229,7 +238,7 @@ def backward(
 
     # tables: the constant is also what '=' writes, through every head with weight 1
     grad_constant = grad_table[-p:].sum(dim=0)
-    grad_by_source = grad_table[:-p].view(2 * p + 1, n_heads, -1).transpose(0, 1)
+    grad_by_source = grad_table[:-p].view(index.n_sources, n_heads, -1).transpose(0, 1)
     grad_by_source[:, -1] = grad_constant
     grad_value = torch.bmm(grad_by_source, folded.write.mT)
     grad_write = torch.bmm(folded.value.mT, grad_by_source).flatten(0, 1)
@@ -244,11 +253,12 @@ def backward(
     )
 
     # sources: a number's embedding plus its position's, less those of '='
-    first, second = grad_sources[:p].sum(dim=0), grad_sources[p:-1].sum(dim=0)
-    grad_equals += grad_sources[-1] - first - second
+    grad_numbers = grad_sources[:-1].view(2, p, -1)
+    grad_places = grad_numbers.sum(dim=1)
+    grad_equals += grad_sources[-1] - grad_places.sum(dim=0)
     return Parameters(
-        W_E=torch.cat((grad_sources[:p] + grad_sources[p:-1], grad_equals[None])),
-        W_pos=torch.stack((first, second, grad_equals)),
+        W_E=torch.cat((grad_numbers.sum(dim=0), grad_equals[None])),
+        W_pos=torch.cat((grad_places, grad_equals[None])),
         W_Q=folded.equals[:, None] * grad_query[:, None],
         W_K=grad_key[:, :, None] * folded.query[:, None],
         W_V=torch.matmul(folded.sources.T, grad_value),

@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from allostasis.core.seeding import derive
 from allostasis.core.spaces import LayerWeights, Weights
 from allostasis.models.lens import HookedRootModule, HookPoint
+from allostasis.models.modular_step import (
+    Matmul,
+    PairIndex,
+    Parameters,
+    StructuredLoss,
+    fold,
+    forward,
+)
 
 Engine = Literal["structured", "naive"]
 
@@ -134,6 +142,7 @@ class ModularTransformer(HookedRootModule):
         self.b_out = nn.Parameter(torch.zeros(d_model))
         self.W_U = draw(d_model, p + 1, fan=p + 1)
 
+        self._trained_on: tuple[Pairs, PairIndex] | None = None
         self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
         self.blocks = nn.ModuleList([_Block()])
         self.setup()
@@ -182,34 +191,62 @@ class ModularTransformer(HookedRootModule):
         mlp_out = (resid_mid @ self.W_in + self.b_in).relu() @ self.W_out + self.b_out
         return Streams(resid_mid, resid_mid + mlp_out)
 
-    def loss(self, pairs: Pairs, *, engine: Engine = "structured") -> Float64[Tensor, ""]:
+    def loss(
+        self, pairs: Pairs, *, engine: Engine = "structured", matmul: Matmul = "float32"
+    ) -> Float64[Tensor, ""]:
         """Mean cross-entropy at '=' over all p + 1 outputs, in nats, ready for `backward`.
 
         Args:
-            pairs: The batch.
+            pairs: The batch. The structured engine keeps an index of the last one it was given,
+                so its tensors must not change afterwards.
             engine: `structured` computes '=' only; `naive` all positions, through the hook points.
+            matmul: How the structured engine's three largest products treat float32 factors:
+                as they are, or rounded to bfloat16, with sums in float32 in both cases.
 
         Raises:
-            ValueError: A hook is attached, which the structured engine would never call.
+            ValueError: A hook is attached, which the structured engine would never call, or
+                `matmul` is set for the naive one.
         """
         if engine == "naive":
+            if matmul != "float32":
+                raise ValueError(
+                    f"matmul={matmul} has no effect with engine=naive; take engine=structured, or "
+                    f"matmul=float32"
+                )
             equals = torch.full_like(pairs.a, self.p)
             logits = self(torch.stack((pairs.a, pairs.b, equals), dim=1))[:, -1]
-        else:
-            self._refuse_hooks()
-            logits = self.streams(pairs.a, pairs.b).resid_post @ self.W_U
-        return cross_entropy(logits, pairs.answer)
+            return cross_entropy(logits, pairs.answer)
+        self._refuse_hooks()
+        if not torch.is_grad_enabled():
+            return cross_entropy(self.logits(pairs), pairs.answer)
+        if self._trained_on is None or self._trained_on[0] is not pairs:
+            self._trained_on = pairs, self._index(pairs.a, pairs.b)
+        index, answer = self._trained_on[1], pairs.answer[:, None]
+        return StructuredLoss.apply(index, answer, matmul, *self._parameters_in_order())
 
     @torch.no_grad()
     def logits(self, pairs: Pairs) -> Float[Tensor, "pair d_vocab"]:
-        """Logits at '=', without gradients."""
-        return self.streams(pairs.a, pairs.b).resid_post @ self.W_U
+        """Logits at '=' by the structured engine, without gradients."""
+        return self._logits(pairs.a, pairs.b)
 
     @torch.no_grad()
     def grid_logits(self) -> Float[Tensor, "p p d_vocab"]:
         """Logits at '=' for every pair, by a and b, without gradients."""
-        grid = torch.cartesian_prod(*2 * (torch.arange(self.p, device=self.W_E.device),))
-        return (self.streams(*grid.T).resid_post @ self.W_U).unflatten(0, (self.p, self.p))
+        numbers = torch.arange(self.p, device=self.W_E.device)
+        a, b = torch.cartesian_prod(numbers, numbers).T
+        return self._logits(a, b).unflatten(0, (self.p, self.p))
+
+    def _logits(self, a: Tensor, b: Tensor) -> Tensor:
+        self._refuse_hooks()
+        index = self._index(a, b)
+        folded = fold(self._parameters_in_order(), index)
+        return forward(folded, index, "float32")[2].contiguous()
+
+    def _index(self, a: Tensor, b: Tensor) -> PairIndex:
+        return PairIndex(a, b, p=self.p, n_heads=self.n_heads)
+
+    def _parameters_in_order(self) -> Parameters:
+        return Parameters(*(getattr(self, name) for name in Parameters._fields))
 
     def _refuse_hooks(self) -> None:
         hooked = [name for name, point in self.hook_dict.items() if point.has_hooks()]

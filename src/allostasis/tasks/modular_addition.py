@@ -87,8 +87,8 @@ class ModularAddition(L.LightningDataModule):
 
     The pairs are permuted with the seed's `data` randomness; the first floor(train_frac p^2) are
     for training, the others for the test. The probe is a fixed part of the test pairs, drawn with
-    the seed's `probe` randomness. The pairs of a set are sorted by (a, b), those of the probe are not:
-    its neighbours have nothing to do with each other.
+    the seed's `probe` randomness. The pairs of a set are sorted by (a, b), those of the probe are
+    not: its neighbours have nothing to do with each other.
 
     Args:
         seed: The run's seed.

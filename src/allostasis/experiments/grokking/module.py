@@ -16,7 +16,7 @@ from allostasis.experiments.grokking.phases import Phases
 from allostasis.metrics.base import Snapshot
 from allostasis.metrics.cosine_fve import cosine_fve
 from allostasis.metrics.key_frequencies import key_frequencies
-from allostasis.models.modular_transformer import Engine, ModularTransformer
+from allostasis.models.modular_transformer import Engine, Matmul, ModularTransformer
 from allostasis.tasks.modular_addition import ModularAddition, Pairs
 
 Optimiser = Literal["adamw", "adam_l2"]
@@ -37,9 +37,11 @@ class Grokking(L.LightningModule):
         weight_decay: Decay coefficient; `adamw` decouples it from the gradient.
         betas: Adam's moment decay rates.
         warmup_steps: Updates over which the learning rate rises linearly.
-        optimiser: `adamw`, or `adam_l2`: decay added to the gradient, as a predecessor's script did,
+        optimiser: `adamw`, or `adam_l2`: decay added to the gradient, as in a predecessor's script,
             which at weight decay 1 cannot leave a loss of ln(p + 1).
         engine: `structured` computes only what '=' reads; `naive` all three positions.
+        matmul: Factors of the structured engine's largest products: `float32`, or rounded to
+            `bfloat16`, which is faster on CPUs with bfloat16 units and not exact.
         stop_after_grok: Updates after t_grok at which a run ends; null goes on to max_steps.
         eval_every: Updates between evaluations on all pairs; a multiple of `chunk`.
         grok_accuracy: Test accuracy from which a run counts as generalising.
@@ -67,6 +69,7 @@ class Grokking(L.LightningModule):
         warmup_steps: Annotated[int, Ge(0)] = 10,
         optimiser: Optimiser = "adamw",
         engine: Engine = "structured",
+        matmul: Matmul = "float32",
         stop_after_grok: Annotated[int, Gt(0)] | None = 10_000,
         eval_every: Annotated[int, Gt(0)] = 50,
         grok_accuracy: Annotated[float, Gt(0), Le(1)] = 0.95,
@@ -79,7 +82,8 @@ class Grokking(L.LightningModule):
         self.model, self.task = model, task
         self.max_steps, self.chunk, self.eval_every = max_steps, chunk, eval_every
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
-        self.warmup_steps, self.optimiser, self.engine = warmup_steps, optimiser, engine
+        self.warmup_steps, self.optimiser = warmup_steps, optimiser
+        self.engine, self.matmul = engine, matmul
         self.stop_after_grok = stop_after_grok
         self.phases = Phases(grok_accuracy=grok_accuracy, dwell=dwell)
         self.updates = 0
@@ -100,9 +104,12 @@ class Grokking(L.LightningModule):
             for group in optimiser.param_groups:
                 group["lr"] = rate
             optimiser.zero_grad()
-            self.manual_backward(self.model.loss(batch, engine=self.engine))
+            self.manual_backward(self._loss(self.model, batch))
             optimiser.step()
             self.updates += 1
+
+    def _loss(self, model: ModularTransformer, pairs: Pairs) -> Tensor:
+        return model.loss(pairs, engine=self.engine, matmul=self.matmul)
 
     def on_train_batch_end(self, *_: object) -> None:
         """Stop once no further update is wanted; runs after all callbacks."""
@@ -148,7 +155,7 @@ class Grokking(L.LightningModule):
         for decay in (self.weight_decay, 0.0):
             twin = copy.deepcopy(self.model)
             optimiser = self._optimiser(twin, decay)
-            twin.loss(self.task.train.to(self.device), engine=self.engine).backward()
+            self._loss(twin, self.task.train.to(self.device)).backward()
             grads = [
                 p.grad.double().square().sum() for p in twin.parameters() if p.grad is not None
             ]

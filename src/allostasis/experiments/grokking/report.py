@@ -25,7 +25,7 @@ from allostasis.analysis.text import number
 ACCURACY = Quantity("accuracy", "test accuracy (Psi)", "test")
 AMPLITUDES = (
     Quantity("amplitude_param.published", "norm of W_V, as published (A_param), param"),
-    Quantity("weight_norm.ov", "norm of all V and O weights (A), param"),
+    Quantity("amplitude_param", "OV circuit norm, heads added (A), resid/resid", is_summed=True),
     Quantity("logit_scale", "logit scale on test pairs (A), logit", "test"),
 )
 LOSSES = (
@@ -79,7 +79,7 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
         Figure(
             "t_grok",
             "Time to grok",
-            "One point a seed. The box is drawn where no seed is censored.",
+            "One point a seed. A box is drawn for five seeds or more of which none is censored.",
             partial(outcomes.event_times, arms, "t_grok", "T_grok"),
         ),
         Figure(

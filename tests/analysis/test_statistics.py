@@ -1,0 +1,430 @@
+"""Statistics against scipy, statsmodels, closed forms and their own simulated error rates."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import statsmodels.api as sm
+from numpy.testing import assert_allclose
+from scipy import ndimage, stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestIndPower
+from statsmodels.stats.weightstats import DescrStatsW
+
+from allostasis.analysis import estimands
+from allostasis.analysis import statistics as st
+from allostasis.analysis.curves import UndefinedError
+
+SEEDS = np.array([2.20, 2.45, 2.38])
+
+
+@pytest.fixture(params=[500, pytest.param(4_000, marks=pytest.mark.slow)], ids=["smoke", "full"])
+def sets(request: pytest.FixtureRequest) -> int:
+    """Simulated data sets: a smoke test by default, the calibration itself where slow ones run."""
+    return request.param
+
+
+def margin(sets: int, share: float = 0.05, band: float = 0.015) -> float:
+    """The registered band, widened by what fewer than 4,000 sets add to the Monte Carlo error."""
+    se = [math.sqrt(share * (1 - share) / n) for n in (sets, 4_000)]
+    return band + 3 * (se[0] - se[1])
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20260101)
+
+
+# ---------------------------------------------------------------- against other libraries
+
+
+def test_t_interval_gives_the_published_check_value() -> None:
+    interval = st.t_interval(SEEDS)
+    assert_allclose([interval.low, interval.high], [2.02295, 2.66371], atol=5e-6)
+    limits = DescrStatsW(SEEDS).tconfint_mean()
+    assert_allclose([interval.low, interval.high], limits, rtol=1e-10)
+
+
+def test_welch_interval_and_p_equal_scipys(rng: np.random.Generator) -> None:
+    left, right = rng.normal(1, 1, 6), rng.normal(0, 3, 9)
+    test = stats.ttest_ind(left, right, equal_var=False)
+    interval = st.welch_interval(left, right, level=0.9)
+    assert_allclose([interval.low, interval.high], test.confidence_interval(0.9), rtol=1e-10)
+    two_sided = 2 * min(st.welch_above(left, right, 0.0), st.welch_above(right, left, 0.0))
+    assert_allclose(two_sided, test.pvalue, rtol=1e-10)
+
+
+def test_t_test_equals_scipys(rng: np.random.Generator) -> None:
+    values = rng.normal(size=7)
+    expected = stats.ttest_1samp(values, 0.3, alternative="greater").pvalue
+    assert_allclose(st.t_above(values, 0.3), expected, rtol=1e-10)
+
+
+def test_two_one_sided_t_tests_equal_statsmodels_tost(rng: np.random.Generator) -> None:
+    values = rng.normal(1.0, 0.05, 8)
+    inference = estimands.mean(values, 1.0, rng)
+    ours = max(inference.above(0.9), inference.below(1.1))
+    assert_allclose(ours, DescrStatsW(values).ttost_mean(0.9, 1.1)[0], rtol=1e-10)
+
+
+def test_exact_permutation_enumerates_all_relabellings(rng: np.random.Generator) -> None:
+    left, right = np.array([4.0, 5, 6]), np.array([1.0, 2, 3])
+    assert st.permutation(left, right, rng) == pytest.approx(2 / 20, rel=1e-10)
+    assert st.permutation(np.arange(4.0) + 9, np.arange(4.0), rng) == pytest.approx(2 / 70)
+
+
+def test_sign_flip_equals_its_enumeration(rng: np.random.Generator) -> None:
+    values = rng.normal(0.5, 1, 6)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1).T
+    means = signs @ values / 6
+    smaller = min((means >= values.mean() - 1e-12).mean(), (means <= values.mean() + 1e-12).mean())
+    assert_allclose(st.sign_flip(values, 0.0, rng), 2 * smaller, rtol=1e-10)
+
+
+def test_holm_equals_statsmodels(rng: np.random.Generator) -> None:
+    p = rng.random(12) ** 3
+    assert_allclose(st.holm(p.tolist()), multipletests(p, method="holm")[1], rtol=1e-10)
+    assert st.holm([1.0, 1.0]) == [1.0, 1.0]
+
+
+def test_clopper_pearson_equals_the_beta_quantiles() -> None:
+    interval = st.clopper_pearson(5, 8)
+    beta = stats.beta.ppf([0.025, 0.975], [5, 6], [4, 3])
+    assert_allclose([interval.low, interval.high], beta, rtol=1e-10)
+
+
+def test_fieller_limits_are_the_roots_of_its_equation(rng: np.random.Generator) -> None:
+    num, den = rng.normal(2, 0.3, 9), rng.normal(1, 0.2, 9)
+    interval = st.fieller(num, den)
+    t = stats.t.ppf(0.975, 8)
+    for rho in (interval.low, interval.high):
+        assert rho is not None
+        rest = num - rho * den
+        assert_allclose(rest.mean() ** 2, t**2 * rest.var(ddof=1) / 9, rtol=1e-8)
+        tail = min(st.ratio_above(num, den, rho), st.ratio_above(-num, den, -rho))
+        assert tail == pytest.approx(0.025, abs=1e-10)
+
+
+def test_fieller_of_a_negative_denominator_mirrors(rng: np.random.Generator) -> None:
+    num, den = rng.normal(2, 0.3, 9), rng.normal(1, 0.2, 9)
+    assert_allclose(st.ratio_above(num, den, 1.5), st.ratio_above(-num, -den, 1.5), rtol=1e-12)
+    ours, mirrored = st.fieller(num, den), st.fieller(-num, -den)
+    assert_allclose([ours.low, ours.high], [mirrored.low, mirrored.high], rtol=1e-12)
+
+
+def test_bca_equals_scipys_with_the_same_generator() -> None:
+    values = np.random.default_rng(1).lognormal(size=60)
+    theirs = stats.bootstrap(
+        (values,), np.mean, method="BCa", n_resamples=1_999, rng=np.random.default_rng(2)
+    ).confidence_interval
+    boot = st.Bootstrap((values,), np.mean, np.random.default_rng(2), resamples=1_999)
+    ours = boot.interval()
+    assert_allclose([ours.low, ours.high], [theirs.low, theirs.high], rtol=1e-10)
+
+
+def test_bca_p_inverts_its_interval() -> None:
+    values = np.random.default_rng(1).lognormal(size=60)
+    boot = st.Bootstrap((values,), np.mean, np.random.default_rng(2))
+    interval = boot.interval()
+    assert interval.low is not None
+    assert interval.high is not None
+    # the resamples are a grid of 9,999 values
+    assert boot.p_above(interval.low) == pytest.approx(0.025, abs=5e-4)
+    assert boot.p_above(interval.high) == pytest.approx(0.975, abs=5e-4)
+
+
+def test_hedges_g_has_the_closed_form_correction_and_limits(rng: np.random.Generator) -> None:
+    left, right = rng.normal(1, 1, 5), rng.normal(0, 1, 5)
+    effect = st.hedges_g(left, right)
+    assert st.unbiasing(8) == pytest.approx(0.9027, abs=5e-5)
+    assert effect.g == pytest.approx(st.unbiasing(8) * effect.d, rel=1e-12)
+    assert effect.d == pytest.approx(
+        (left.mean() - right.mean()) / math.sqrt((left.var(ddof=1) + right.var(ddof=1)) / 2)
+    )
+    t = effect.d / math.sqrt(2 / 5)
+    for limit, share in ((effect.interval.low, 0.975), (effect.interval.high, 0.025)):
+        assert limit is not None
+        noncentrality = limit / st.unbiasing(8) / math.sqrt(2 / 5)
+        assert stats.nct.cdf(t, 8, noncentrality) == pytest.approx(share, abs=1e-8)
+
+
+@pytest.mark.parametrize("distance", [-60.0, 60.0])
+def test_an_enormous_effect_has_an_interval_around_it(distance: float) -> None:
+    values = distance + np.array([-1.0, 0.5, 0.2, 0.3, -0.4, 0.6])
+    effect = st.one_sample_effect(values, 0.0)
+    assert effect.interval.low is not None
+    assert effect.interval.high is not None
+    assert effect.interval.low < effect.g < effect.interval.high
+
+
+CENSORED = (
+    np.array([5.0, 8, 8, 12, 20, 20, 3, 15]),
+    np.array([False, False, True, False, True, True, False, False]),
+)
+
+
+def test_kaplan_meier_equals_scipy_and_statsmodels() -> None:
+    times, censored = CENSORED
+    ours = st.kaplan_meier(times, censored)
+    data = stats.CensoredData(uncensored=times[~censored], right=times[censored])
+    theirs = stats.ecdf(data).sf
+    assert_allclose(ours.survival, theirs.evaluate(ours.times), rtol=1e-10)
+    at, low, high = ours.band()
+    band = theirs.confidence_interval(0.95, method="log-log")
+    assert_allclose(low, band.low.evaluate(at), rtol=1e-10)
+    assert_allclose(high, band.high.evaluate(at), rtol=1e-10)
+    reference = sm.SurvfuncRight(times, ~censored)
+    assert_allclose(ours.survival * np.sqrt(ours.variance), reference.surv_prob_se, rtol=1e-10)
+    assert ours.median == reference.quantile(0.5)
+
+
+def test_restricted_mean_is_the_area_under_the_curve() -> None:
+    times = np.array([2.0, 4.0, 6.0])
+    mean, error = st.kaplan_meier(times, np.zeros(3, dtype=bool)).restricted_mean(6.0)
+    assert mean == pytest.approx(4.0)
+    # without censoring Greenwood's variance is that of a mean, with n for n - 1
+    assert error == pytest.approx(times.std() / math.sqrt(3))
+
+
+def test_log_rank_equals_statsmodels_chi_square() -> None:
+    times, censored = CENSORED
+    group = np.array([0, 0, 1, 0, 1, 1, 0, 1])
+    sides = [(times[group == g], censored[group == g]) for g in (0, 1)]
+    z, p = st.log_rank(sides[0], sides[1])
+    chi_square, expected = sm.duration.survdiff(times, ~censored, group)
+    assert_allclose([z**2, p], [chi_square, expected], rtol=1e-10)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(3, 0.463), (5, 0.791), (8, 0.960)])
+def test_power_of_two_samples_equals_the_closed_form(
+    n: int, expected: float, rng: np.random.Generator
+) -> None:
+    closed = TTestIndPower().power(2.0, n, 0.05)
+    assert closed == pytest.approx(expected, abs=5e-4)
+    simulated = st.power(2.0, n, rng, arms=2)
+    assert simulated == pytest.approx(closed, abs=3.5 * math.sqrt(closed * (1 - closed) / 4_000))
+
+
+def test_seeds_for_power_find_the_closed_form(rng: np.random.Generator) -> None:
+    from statsmodels.stats.power import TTestPower
+
+    exact = TTestPower().solve_power(1.0, power=0.8, alpha=0.05)
+    found = st.seeds_for_power(1.0, rng, sd=1.0)
+    assert found is not None
+    assert abs(found - math.ceil(exact)) <= 1
+
+
+def test_minimum_seeds_are_those_of_the_exact_tests() -> None:
+    assert st.attainable_p("unpaired", 3, sides=2) == pytest.approx(0.1)
+    assert st.attainable_p("unpaired", 3, sides=1) == pytest.approx(0.05)
+    assert st.attainable_p("unpaired", 4, sides=2) == pytest.approx(0.0286, abs=1e-4)
+    assert st.attainable_p("unpaired", 5, sides=2) == pytest.approx(0.0079, abs=1e-4)
+    flips = [st.attainable_p("sign_flip", n, sides=2) for n in (5, 6, 8)]
+    assert flips == [0.0625, 0.03125, 0.0078125]
+    assert st.minimum_seeds("unpaired", alpha=0.05, sides=2) == 4
+    assert st.minimum_seeds("sign_flip", alpha=0.05, sides=2) == 6
+    assert st.minimum_seeds("binomial", alpha=0.05, sides=2, family_size=6) == 8
+
+
+# ---------------------------------------------------------------- error rates
+
+
+def test_t_has_its_nominal_error_rate_and_coverage(sets: int, rng: np.random.Generator) -> None:
+    for n in (3, 5, 8, 20):
+        draws = rng.normal(size=(sets, n))
+        p = np.array([st.t_above(row, 0.0) for row in draws])
+        rejected = ((p < 0.025) | (p > 0.975)).mean()
+        assert abs(rejected - 0.05) <= margin(sets)
+        intervals = [st.t_interval(row) for row in draws[:500]]
+        covered = np.mean([i.low <= 0 <= i.high for i in intervals])  # type: ignore[operator]
+        assert abs(covered - 0.95) <= margin(500)
+
+
+def test_welch_and_tost_have_their_nominal_error_rates(sets: int, rng: np.random.Generator) -> None:
+    p = [st.welch_above(rng.normal(size=6), rng.normal(0, 2, 9), 0.0) for _ in range(sets)]
+    assert abs((np.minimum(p, 1 - np.array(p)) < 0.025).mean() - 0.05) <= margin(sets)
+    # at the edge of the bounds, far from the other edge
+    found = 0
+    for _ in range(sets):
+        values = rng.normal(1.1, 0.05, 8)
+        found += max(st.t_above(values, 0.9), st.t_above(-values, -1.1)) < 0.05
+    assert abs(found / sets - 0.05) <= margin(sets)
+
+
+def test_exact_tests_never_exceed_their_level(sets: int, rng: np.random.Generator) -> None:
+    flips = [st.sign_flip(rng.normal(size=7), 0.0, rng) <= 0.05 for _ in range(sets)]
+    attainable = np.floor(0.05 * 2**6) / 2**6
+    assert abs(np.mean(flips) - attainable) <= margin(sets)
+    assert np.mean(flips) <= 0.05 + margin(sets)
+    labels = [
+        st.permutation(rng.normal(size=4), rng.normal(size=4), rng) <= 0.05 for _ in range(sets)
+    ]
+    assert abs(np.mean(labels) - 2 / 70) <= margin(sets)
+
+
+def test_the_median_test_and_interval_keep_their_level(sets: int, rng: np.random.Generator) -> None:
+    wrong = missed = 0
+    for _ in range(sets):
+        times = rng.exponential(1.0, 8)
+        censored = times > 1.5
+        times = np.minimum(times, 1.5)
+        wrong += st.median_above(times, math.log(2)) < 0.025
+        wrong += st.median_below(times, censored, math.log(2)) < 0.025
+        interval = st.median_interval(times, censored)
+        assert interval.low is not None
+        high = np.inf if interval.high is None else interval.high
+        missed += not interval.low <= math.log(2) <= high
+    assert wrong / sets <= 0.05 + margin(sets, band=0.0)
+    assert missed / sets <= 0.05 + margin(sets, band=0.0)
+
+
+def test_holm_holds_the_family_wise_rate(sets: int, rng: np.random.Generator) -> None:
+    found = [min(st.holm(rng.random(6).tolist())) < 0.05 for _ in range(sets)]
+    assert abs(np.mean(found) - 0.05) <= margin(sets)
+
+
+@pytest.mark.parametrize("n", [5, 20, 60])
+def test_fieller_covers_a_ratio_of_lognormal_clusters(
+    n: int, sets: int, rng: np.random.Generator
+) -> None:
+    covered = 0
+    for _ in range(sets):
+        size = rng.lognormal(0, 0.5, n)
+        try:
+            interval = st.fieller(size * rng.normal(0.6, 0.1, n), size)
+        except UndefinedError:  # an unbounded set, which holds the ratio
+            covered += 1
+            continue
+        assert interval.low is not None
+        assert interval.high is not None
+        covered += interval.low <= 0.6 <= interval.high
+    assert abs(covered / sets - 0.95) <= margin(sets, band=0.02)
+
+
+def test_bca_under_covers_at_five_units_and_not_at_a_hundred(rng: np.random.Generator) -> None:
+    def covers(n: int, sets: int) -> float:
+        found = 0
+        for _ in range(sets):
+            interval = st.Bootstrap((rng.normal(size=n),), np.mean, rng, resamples=499).interval()
+            assert interval.low is not None
+            assert interval.high is not None
+            found += interval.low <= 0 <= interval.high
+        return found / sets
+
+    assert covers(5, 400) < 0.90
+    assert covers(100, 300) == pytest.approx(0.95, abs=0.04)
+
+
+def test_clopper_pearson_covers_at_least_its_level() -> None:
+    for n in (5, 8, 20):
+        for share in np.linspace(0.05, 0.95, 10):
+            counts = np.arange(n + 1)
+            limits = [st.clopper_pearson(int(k), n) for k in counts]
+            inside = [i.low <= share <= i.high for i in limits]  # type: ignore[operator]
+            assert stats.binom.pmf(counts, n, share)[inside].sum() >= 0.95
+
+
+def smooth_series(rng: np.random.Generator) -> np.ndarray:
+    """105 samples of a stationary series whose correlation length is 10 samples."""
+    noise = ndimage.gaussian_filter1d(rng.normal(size=185), 10 / math.sqrt(2))
+    return noise[40:145]
+
+
+def test_surrogate_p_on_independent_smooth_series() -> None:
+    """The source's own p finds a correlation in most independent pairs; surrogates seldom do."""
+    rng = np.random.default_rng(0)
+    naive, source, phase, shift = 0, 0, 0, 0
+    pairs = 600
+    for _ in range(pairs):
+        left, right = smooth_series(rng), smooth_series(rng)
+        rho, p = st.rank_correlation(left, right)
+        naive += p < 0.05
+        source += rho < -0.3 and p < 0.01
+        phase += st.phase_randomised_p(left, right, rng, surrogates=199) <= 0.05
+        shift += st.circular_shift_p(left, right) <= 0.05
+    assert naive / pairs > 0.4
+    assert 0.15 < source / pairs < 0.35
+    assert 0.04 <= phase / pairs <= 0.10
+    assert shift / pairs < naive / pairs / 2
+
+
+# ---------------------------------------------------------------- degenerate data
+
+
+def test_surrogates_refuse_a_monotone_series(rng: np.random.Generator) -> None:
+    rising, other = np.arange(50.0), rng.normal(size=50)
+    for surrogate in (
+        lambda: st.phase_randomised_p(rising, other, rng),
+        lambda: st.circular_shift_p(rising, other),
+    ):
+        with pytest.raises(
+            UndefinedError, match="surrogate not applicable: the series is monotone"
+        ):
+            surrogate()
+
+
+def test_a_phase_surrogate_keeps_the_amplitude_spectrum(rng: np.random.Generator) -> None:
+    series = smooth_series(rng)
+    assert st.phase_randomised_p(series, series, rng) == pytest.approx(1 / 1_000)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [([1.0], "one unit has no interval"), ([2.0, 2.0, 2.0], "ci_degenerate")],
+)
+def test_one_unit_or_equal_units_have_an_estimate_and_no_interval(
+    values: list[float], reason: str, rng: np.random.Generator
+) -> None:
+    inference = estimands.mean(np.array(values), 0.0, rng)
+    assert inference.estimate == values[0]
+    assert inference.untestable.startswith(reason)
+    with pytest.raises(UndefinedError, match=reason):
+        inference.interval(0.95)
+    with pytest.raises(UndefinedError, match=reason):
+        st.t_interval(np.array(values))
+
+
+def test_a_median_with_too_few_units_or_all_censored_is_said_so() -> None:
+    times, none = np.arange(1.0, 6.0), np.zeros(5, dtype=bool)
+    with pytest.raises(UndefinedError, match="needs at least 6 units, there are 5"):
+        st.median_interval(times, none)
+    inference = estimands.median_time(np.full(8, 9.0), np.ones(8, dtype=bool))
+    assert inference.estimate is None
+    interval = inference.interval(0.95)
+    assert (interval.low, interval.high) == (9.0, None)
+    assert inference.below(20.0) == 1.0
+    with pytest.raises(UndefinedError, match="no run of either arm reached the event"):
+        st.log_rank((times, ~none), (times, ~none))
+
+
+def test_ties_and_no_censoring_give_a_curve_down_to_zero() -> None:
+    curve = st.kaplan_meier(np.array([3.0, 3.0, 3.0]), np.zeros(3, dtype=bool))
+    assert curve.survival.tolist() == [0.0]
+    assert curve.median == 3.0
+    assert len(curve.band()[0]) == 0
+
+
+def test_kappa_is_undefined_where_the_denominators_interval_holds_0(
+    rng: np.random.Generator,
+) -> None:
+    with pytest.raises(UndefinedError, match="denominator's 95% interval contains 0"):
+        estimands.kappa(np.array([1.0, 1.1, 0.9, 1.0]), np.array([0.5, -0.4, 0.1, -0.2]), rng)
+
+
+def test_kappa_prints_the_sign_of_both_terms(rng: np.random.Generator) -> None:
+    lost, gained = np.array([0.5, 0.6, 0.55]), np.array([0.9, 1.0, 0.8])
+    down_up = estimands.kappa(lost, gained, rng)
+    up_down = estimands.kappa(-lost, -gained, rng)
+    assert down_up.estimate == pytest.approx(up_down.estimate)
+    assert down_up.beside["mean change of log A"] == "-0.55"
+    assert up_down.beside["mean change of log A"] == "0.55"
+    assert down_up.beside["mean change of log margin"] == "0.35"
+
+
+def test_unanimity_asks_for_all_of_them() -> None:
+    hits = np.array([1.0] * 7 + [0.0])
+    assert estimands.proportion(hits).above(0.5) < 0.05
+    assert estimands.proportion(hits, unanimous=True).above(0.5) == 1.0
+    assert estimands.proportion(np.ones(8), unanimous=True).above(0.5) == pytest.approx(0.5**8)

@@ -1,0 +1,153 @@
+"""Curves and summaries of runs against curves whose answers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from allostasis.analysis import summaries
+from allostasis.analysis.curves import Curve, RunView, UndefinedError
+from allostasis.core.records import read_run
+
+Writer = Callable[..., Path]
+LINE = Curve(np.arange(0, 101, 10), np.arange(0.0, 101, 10))
+
+
+@pytest.fixture(scope="module")
+def run(study: Path) -> RunView:
+    return RunView(read_run(study / "grokking/high_wd/seed=3/auto-abc"))
+
+
+@pytest.fixture(scope="module")
+def flat(study: Path) -> RunView:
+    return RunView(read_run(study / "grokking/no_wd/seed=3/auto-abc"))
+
+
+def test_a_curve_is_linear_between_its_records() -> None:
+    assert LINE.at(25.0) == 25
+    assert LINE.rises_through(33.0) == pytest.approx(33)
+    assert LINE.rises_through(0.0) == 0
+    assert LINE.rises_through(101.0) is None
+    with pytest.raises(UndefinedError, match="step 101 lies outside the recorded 0 to 100"):
+        LINE.at(101.0)
+
+
+def test_final_is_the_mean_of_the_last_twentieth_whatever_the_cadence() -> None:
+    assert summaries.final(LINE) == 100  # only the last record lies there
+    dense = Curve(np.array([0, 90, 95, 96, 97, 100]), np.array([0.0, 9, 1, 1, 1, 1]))
+    assert summaries.final(dense) == pytest.approx(1.0)
+    slope = Curve(np.array([0, 95, 96, 100]), np.array([0.0, 0, 1, 5]))
+    assert summaries.final(slope) == pytest.approx(2.5)
+
+
+def test_area_and_peak() -> None:
+    assert summaries.auc(LINE) == pytest.approx(50)
+    assert summaries.peak(LINE) == 100
+
+
+def test_the_transition_runs_from_15_to_85_percent_of_test_accuracy(run: RunView) -> None:
+    # accuracy is 0.01 + 0.985 sigmoid((step - middle) / 300)
+    middle = 9_000 + 250 * (3 - 3.5)
+    for event, level in (("t_low", 0.15), ("t_high", 0.85)):
+        share = (level - 0.01) / 0.985
+        assert run.event(event) == pytest.approx(middle + 300 * np.log(share / (1 - share)), abs=1)
+    width = summaries.transition_width(run)
+    assert width == pytest.approx((run.at_event("t_high") - run.at_event("t_low")) / 9_800)
+
+
+def test_the_transition_starts_where_accuracy_leaves_15_percent_for_good(run: RunView) -> None:
+    steps = np.arange(0, 1_001, 100)
+    values = np.array([0, 0.2, 0.1, 0.05, 0.1, 0.2, 0.5, 0.9, 0.8, 1, 1.0])
+    view = RunView(run.record)
+    view._curves["accuracy", "test"] = Curve(steps, values)
+    assert view.event("t_low") == pytest.approx(450)
+    assert view.event("t_high") == pytest.approx(687.5)
+
+
+def test_events_that_did_not_come_are_censored_or_undefined_but_never_a_number(
+    flat: RunView,
+) -> None:
+    assert summaries.time_to(flat, "t_grok") == summaries.Time(20_000.0, censored=True)
+    assert summaries.reached(flat, "t_grok") == 0
+    assert summaries.not_reached(flat, "t_grok") == 1
+    assert summaries.precedes(flat, "t_mem", "t_grok") == 1
+    assert summaries.precedes(flat, "t_grok", "t_mem") == 0
+    with pytest.raises(UndefinedError, match="neither t_clean nor t_grok was reached"):
+        summaries.precedes(flat, "t_clean", "t_grok")
+    with pytest.raises(UndefinedError, match="t_grok was not reached by step 20000"):
+        summaries.peaks_before(LINE, flat, "t_grok")
+    with pytest.raises(UndefinedError, match="t_high was not reached"):
+        summaries.transition_width(flat)
+    with pytest.raises(UndefinedError, match="no event 't_grokk'"):
+        flat.event("t_grokk")
+
+
+def test_logarithms_of_what_is_not_positive_are_undefined(run: RunView) -> None:
+    sinking = Curve(np.array([0, 20_000]), np.array([1.0, -1.0]))
+    with pytest.raises(UndefinedError, match="logarithm of .* not positive"):
+        summaries.log_change(sinking, run, "t_mem", "20000")
+
+
+def test_changes_read_the_curve_at_the_events(run: RunView) -> None:
+    scale = run.curve("logit_scale", split="train")
+    logs = run.curve("log_margin.scale", split="train")
+    by_log = summaries.log_change(scale, run, "t_low", "t_high")
+    assert by_log == pytest.approx(summaries.change(logs, run, "t_low", "t_high"), abs=1e-3)
+    assert by_log < 0
+    assert summaries.falls(scale, run, "t_low", "t_high") == 1
+    assert summaries.rises(scale, run, "t_low", "t_high") == 0
+    assert summaries.handover(run) == 1
+
+
+def test_scale_for_alignment_adds_up_to_the_change_of_the_log_margin(run: RunView) -> None:
+    lost, gained = summaries.scale_for_alignment(run, "t_mem", "t_grok")
+    margin = run.curve("log_margin", split="train")
+    assert gained - lost == pytest.approx(summaries.change(margin, run, "t_mem", "t_grok"))
+
+
+def test_the_published_velocity_changes_with_the_cadence_and_the_uniform_one_hardly(
+    run: RunView,
+) -> None:
+    curve = run.curve("amplitude_param.published")
+    rng = np.random.default_rng(0)
+    noisy = Curve(curve.steps, curve.values + 0.2 * rng.normal(size=len(curve.values)).cumsum())
+    published = summaries.spearman_velocity_published(noisy, run)
+    accuracy, values, _ = run.beside_accuracy(noisy)
+    inside = (accuracy > 0.15) & (accuracy < 0.85)
+    from scipy.stats import spearmanr
+
+    literal = spearmanr(np.gradient(accuracy)[inside], np.gradient(values)[inside])
+    assert published == pytest.approx(literal.statistic)
+    assert -1 <= summaries.spearman_velocity_uniform(noisy, run) <= 1
+
+
+def test_a_curve_is_never_an_average_over_heads_or_positions(run: RunView) -> None:
+    with pytest.raises(ValueError, match="several rows a step; select one by head"):
+        run.curve("amplitude_param")
+    with pytest.raises(ValueError, match="select one by position"):
+        run.curve("fourier_power")
+    with pytest.raises(ValueError, match="select one by split"):
+        run.curve("logit_scale")
+    heads = [run.curve("amplitude_param", layer=0, head=head).values for head in range(4)]
+    assert run.total("amplitude_param").values == pytest.approx(np.sum(heads, axis=0))
+
+
+def test_rows_that_repeat_exactly_count_once(tmp_path: Path, write_run: Writer) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = write_run(tmp_path)
+    path = folder / "metrics.parquet"
+    table = pq.read_table(path)
+    once = RunView(read_run(folder)).curve("accuracy", split="test")
+    pq.write_table(pa.concat_tables([table, table.slice(0, 500)]), path)
+    twice = RunView(read_run(folder)).curve("accuracy", split="test")
+    assert np.array_equal(once.steps, twice.steps)
+
+
+def test_what_was_not_recorded_is_said_by_name(run: RunView) -> None:
+    with pytest.raises(UndefinedError, match="dprime was not recorded on split 'test'"):
+        run.curve("dprime", split="test")
