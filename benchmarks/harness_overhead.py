@@ -2,11 +2,12 @@
 
     python benchmarks/harness_overhead.py [--updates 300] [--rounds 3] [--threads 2]
 
-Grokking at full size (p = 113, 30 % of the pairs). Both sides start from the same weights and do the
-same updates; their final weights must be equal bit for bit. The harness runs as `run.py` sets it up,
-with all metrics, evaluations, resume points and a CSV logger, in the two regimes of its cadence:
-sparse (a record every 100 updates) and dense (one every 10). A full run's cost is their mean, weighted
-by the share of updates that its cadence spent in dense stretches, as counted in the recorded study.
+Grokking at full size (p = 113, 30 % of the pairs). Both sides start from the same weights and do
+the same updates; their final weights must be equal bit for bit. The harness runs as `run.py` sets
+it up, with all metrics, evaluations, resume points and a CSV logger, in the two regimes of its
+cadence: sparse (a record every 100 updates) and dense (one every 10). A full run's cost is their
+mean, weighted by the share of updates that its cadence spent in dense stretches, as counted in the
+recorded study.
 
 Last line: time of the bare loop over ours at the cadence of a full run; 0.91 is 10 % overhead.
 """
@@ -108,7 +109,11 @@ def main() -> int:
             trainer.fit(module, datamodule=task)
             return time.perf_counter() - start, module
 
-    sides = {"bare": bare, "sparse": lambda: harness(0.15, 0.85), "dense": lambda: harness(0.0, 1.0)}
+    sides = {
+        "bare": bare,
+        "sparse": lambda: harness(0.15, 0.85),
+        "dense": lambda: harness(0.0, 1.0),
+    }
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(options.rounds):
         ends = {}

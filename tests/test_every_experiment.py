@@ -53,8 +53,9 @@ def test_a_short_run_leaves_complete_records(
     assert content["status"] == "done"
     assert content["error"] is None
     facts = {
-        "run_id", "commit", "dirty", "versions", "device_resolved", "device_name", "started", "finished",
-        "wall_s", "seed", "config_hash", "claims_hash", "checkpoints", "pip_freeze", "threads",
+        "run_id", "commit", "dirty", "versions", "device_resolved", "device_name", "started",
+        "finished", "wall_s", "seed", "config_hash", "claims_hash", "checkpoints", "pip_freeze",
+        "threads", "sessions",
     }  # fmt: skip
     assert facts <= content.keys()
     assert len(content["claims"]) > 0

@@ -124,7 +124,7 @@ def _work(
     )
     checkpoints = Checkpoints(folder=folder, every=plan.checkpoint_every)
     trainer = L.Trainer(
-        **OmegaConf.to_container(cfg.trainer),
+        **{str(key): value for key, value in cfg.trainer.items()},
         accelerator=device.accelerator,
         devices=device.devices,
         default_root_dir=folder,

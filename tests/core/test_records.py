@@ -16,8 +16,10 @@ from allostasis.core.records import (
     write_table,
 )
 
-RUN = {"exp": "grokking", "condition": "high_wd", "seed": 42, "started": "2026-01-01T00:00:00+00:00",
-       "commit": "abc", "wall_s": 3.0, "checkpoints": {"0": "sha256:aa"}}  # fmt: skip
+RUN = {
+    "exp": "grokking", "condition": "high_wd", "seed": 42, "commit": "abc", "wall_s": 3.0,
+    "started": "2026-01-01T00:00:00+00:00", "checkpoints": {"0": "sha256:aa"},
+}  # fmt: skip
 
 
 def row(step: int, metric: str, value: float, **index: object) -> dict[str, object]:

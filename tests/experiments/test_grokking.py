@@ -9,7 +9,9 @@ from torch.testing import assert_close
 from allostasis.experiments.grokking.phases import Hold, Phases
 
 
-def train(optimiser: str, *, p: int, steps: int, lr: float, d_model: int = 32) -> tuple[float, float]:
+def train(
+    optimiser: str, *, p: int, steps: int, lr: float, d_model: int = 32
+) -> tuple[float, float]:
     """Loss and accuracy on the training pairs after plain full-batch updates."""
     from allostasis.experiments.grokking.module import Grokking
     from allostasis.models.modular_transformer import ModularTransformer
@@ -71,9 +73,10 @@ def test_a_treatment_that_changes_nothing_is_refused() -> None:
     assert effect["gradient_norm"] > 0.01
     largest = max(float(tensor.detach().abs().max()) for tensor in model.parameters())
     assert effect["weight_decay_change"] == pytest.approx(1e-3 * largest, rel=1e-3)
-    assert Grokking(model=model, task=task, weight_decay=0.0).prove_effect()[
-        "weight_decay_change"
-    ] == 0
+    assert (
+        Grokking(model=model, task=task, weight_decay=0.0).prove_effect()["weight_decay_change"]
+        == 0
+    )
     with pytest.raises(RuntimeError, match="is inert"):
         Grokking(model=model, task=task, weight_decay=1e-30).prove_effect()
     with torch.no_grad():

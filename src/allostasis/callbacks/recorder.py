@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
-import pyarrow as pa
-import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -1,1 +1,1 @@
-"""What every experiment shares: configs, records, provenance, seeds. Knows no model and no metric."""
+"""What every experiment shares: configs, records, provenance, seeds. Knows no model."""

@@ -1,4 +1,4 @@
-"""audit.json: a run's records in the source documents' log format. A view; nothing reads it back."""
+"""audit.json: a run's records in the source documents' log format; nothing reads it back."""
 
 from __future__ import annotations
 
@@ -64,11 +64,12 @@ def view(run: Mapping[str, Any], metrics: pd.DataFrame, times: pd.DataFrame) -> 
     for key, (metric, split, has_layers) in KEYS.items():
         here = metrics["split"].isna() if split is None else metrics["split"] == split
         table = metrics[here & (metrics["metric"] == metric)]
-        for step, value in table.groupby("step")["value"].mean().items():
-            rows[int(step)][key] = float(value)
+        for mean in table.groupby("step", as_index=False)["value"].mean().itertuples():
+            rows[mean.step][key] = float(mean.value)
         if has_layers:
-            for (step, layer), value in table.groupby(["step", "layer"])["value"].mean().items():
-                rows[int(step)][f"{key}_L{layer}"] = float(value)
+            by_layer = table.groupby(["step", "layer"], as_index=False)["value"].mean()
+            for mean in by_layer.itertuples():
+                rows[mean.step][f"{key}_L{mean.layer}"] = float(mean.value)
     return {
         "metadata": {
             "experiment": name_of(run),

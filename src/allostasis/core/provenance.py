@@ -34,7 +34,7 @@ def commit() -> tuple[str | None, bool | None]:
     """The commit that this code stands on and whether the tree differs from it.
 
     Returns:
-        Hash and dirty flag; both None where the package does not run from a git checkout of its own.
+        Hash and dirty flag; both None where the package does not run from a git checkout.
     """
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():

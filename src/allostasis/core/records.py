@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,13 +68,13 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def write_table(path: Path, rows: Sequence[dict[str, Any]] | pa.Table, schema: pa.Schema) -> None:
+def write_table(path: Path, rows: list[dict[str, Any]] | pa.Table, schema: pa.Schema) -> None:
     """Write rows as Parquet atomically.
 
     Raises:
         ValueError: A value is NaN or infinite, or a column that may not be empty is.
     """
-    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=schema)
+    table = pa.Table.from_pylist(rows, schema=schema) if isinstance(rows, list) else rows
     for field in schema:
         column = table.column(field.name)
         if field.name not in NULLABLE and column.null_count:
@@ -81,11 +82,10 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]] | pa.Table, schema: p
                 f"{path.name}: column '{field.name}' has {column.null_count} empty rows"
             )
         if pa.types.is_floating(field.type):
-            finite = pa.compute.is_finite(column)
-            if len(column) and not pa.compute.all(finite).as_py():
-                bad = table.filter(pa.compute.invert(finite)).slice(0, 1).to_pylist()[0]
+            bad = table.filter(pa.array(~np.isfinite(column.to_numpy())))
+            if len(bad):
                 raise ValueError(
-                    f"{path.name}: a value is not finite: {bad}. "
+                    f"{path.name}: a value is not finite: {bad.to_pylist()[0]}. "
                     "A quantity that is undefined has no row; see run.json's `skipped`."
                 )
     write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd"))

@@ -39,7 +39,8 @@ class Weights:
         W_U: Unembedding.
         final_gain: Gain of the norm before the unembedding, or None where there is no norm.
         named: Every trainable parameter by its own name.
-        groups: Parameter names by group: `embed`, `qk`, `ov`, `mlp`, `unembed`; a partition of `named`.
+        groups: Parameter names by group: `embed`, `qk`, `ov`, `mlp`, `unembed`; they partition
+            `named`.
     """
 
     layers: tuple[LayerWeights, ...]

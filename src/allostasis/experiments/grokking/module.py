@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from annotated_types import Ge, Gt, Le, Len, Lt
 from jaxtyping import Bool, Float
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from allostasis.experiments.grokking.phases import Phases
@@ -83,7 +84,8 @@ class Grokking(L.LightningModule):
         self.max_steps, self.chunk, self.eval_every = max_steps, chunk, eval_every
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_steps, self.optimiser = warmup_steps, optimiser
-        self.engine, self.matmul = engine, matmul
+        self.engine: Engine = engine
+        self.matmul: Matmul = matmul
         self.stop_after_grok = stop_after_grok
         self.phases = Phases(grok_accuracy=grok_accuracy, dwell=dwell)
         self.updates = 0
@@ -98,6 +100,7 @@ class Grokking(L.LightningModule):
         """Do the next chunk of updates."""
         del batch_idx
         optimiser = self.optimizers()
+        assert isinstance(optimiser, LightningOptimizer)
         self._before = _copy(dict(self.model.named_parameters()))
         for _ in range(min(self.chunk, self.max_steps - self.updates)):
             rate = self.lr * min(1.0, (self.updates + 1) / max(1, self.warmup_steps))
@@ -111,7 +114,7 @@ class Grokking(L.LightningModule):
     def _loss(self, model: ModularTransformer, pairs: Pairs) -> Tensor:
         return model.loss(pairs, engine=self.engine, matmul=self.matmul)
 
-    def on_train_batch_end(self, *_: object) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Stop once no further update is wanted; runs after all callbacks."""
         self.trainer.should_stop = self.is_finished
 

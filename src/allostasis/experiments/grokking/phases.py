@@ -96,8 +96,12 @@ class Phases:
         }
         if self.t_loss is None and test_loss < 0.1 and self.seen > self.dwell:
             self.t_loss = step
-        changes = {name: hold.update(step, conditions[name]) for name, hold in self.holds.items()}
-        return {name: change for name, change in changes.items() if change is not None}
+        changes: dict[str, Change] = {}
+        for name, hold in self.holds.items():
+            change = hold.update(step, conditions[name])
+            if change is not None:
+                changes[name] = change
+        return changes
 
     @property
     def times(self) -> dict[str, int | None]:
