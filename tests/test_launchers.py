@@ -58,5 +58,5 @@ def test_a_job_that_fails_is_told_and_the_other_is_done(
 
     again = sweep(tmp_path, "device=cpu", *launcher)
     assert again.returncode == 0, again.stderr
-    assert "1 runs, 1 finished already" in again.stdout
+    assert "1 run, 1 finished already" in again.stdout
     assert records(tmp_path)["cpu"]["finished"] == runs["cpu"]["finished"]

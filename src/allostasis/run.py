@@ -90,6 +90,9 @@ def _open(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) -> 
     registered = claims.freeze(claims.load(_experiment(cfg), cfg.name))
     threads = file.content.get("threads") or cfg.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
+    # a loss near 0 has gradients below 1e-38, which a CPU computes with ten times slower; AdamW
+    # divides them by at least its eps, so that to an update they are 0 in any case
+    torch.set_flush_denormal(True)
     file.start({
         **vars(identity),
         "config_hash": digest,

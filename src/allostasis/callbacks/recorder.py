@@ -143,6 +143,7 @@ class Recorder(Callback):
         if pl_module.updates == 0:
             self.cadence.is_due(0, pl_module.probe_accuracy())
             self._observe(trainer, pl_module, full=True)
+            pl_module.evaluated(self.latest)
         if pl_module.is_finished:
             trainer.should_stop = True
 
@@ -155,9 +156,12 @@ class Recorder(Callback):
             self.cadence.is_due(step, pl_module.probe_accuracy()) or step % self.plan.drift_lag == 0
         )
         if due or step % self.eval_every == 0 or pl_module.is_finished:
-            was_finished = pl_module.is_finished
-            self._observe(trainer, pl_module, full=due or was_finished)
-            if pl_module.is_finished and not (due or was_finished):
+            full = due or pl_module.is_finished
+            self._observe(trainer, pl_module, full=full)
+            if step % self.eval_every == 0:
+                pl_module.evaluated(self.latest)
+            if pl_module.is_finished and not full:  # the evaluation ended the run
+                self._forget(step)
                 self._observe(trainer, pl_module, full=True)
 
     def on_test_batch_end(
@@ -205,10 +209,13 @@ class Recorder(Callback):
         self._times.append({"run_id": self.identity.run_id, "step": step, "time": time.time()})
         if full and len(live) < len(self.metrics):
             self._keep_weights(pl_module, step)
-        if step % self.eval_every == 0 or pl_module.is_finished:
-            pl_module.evaluated(self.latest)
         for logger in trainer.loggers:
             logger.log_metrics(_flat(rows), step)
+
+    def _forget(self, step: int) -> None:
+        """Drop a step's rows, which a full record is about to repeat."""
+        self._rows = [row for row in self._rows if row["step"] != step]
+        self._times = [row for row in self._times if row["step"] != step]
 
     def _with_references(self, snapshots: Iterable[Snapshot], step: int) -> Iterator[Snapshot]:
         for snapshot in snapshots:
@@ -287,8 +294,11 @@ class Recorder(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """Write the rows that wait, so that the resume point has them behind it."""
-        del trainer, checkpoint
+        """Write the rows that wait, so that the resume point has them behind it.
+
+        The state is added here and not in `state_dict`, which Lightning calls before this.
+        """
+        del trainer
         step = pl_module.updates
         parts = self.folder / "parts"
         write_table(parts / f"metrics-{step}.parquet", self._rows, METRICS_SCHEMA)
@@ -301,10 +311,7 @@ class Recorder(Callback):
         while len(self._kept) > MAX_KEPT:
             self._kept = self._kept[:-1:2] + self._kept[-1:]
         self._thinned = [kept for kept in before if kept not in self._kept]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that decides a later row."""
-        return {
+        checkpoint["recorder"] = {
             "cadence": self.cadence.state_dict(),
             "initial": dict(self._initial),
             "reference": dict(self._reference),
@@ -315,8 +322,12 @@ class Recorder(Callback):
             "latest": [[metric, split, value] for (metric, split), value in self.latest.items()],
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
         """Take up at a resume point; forget what was written after it."""
+        del trainer, pl_module
+        state_dict = checkpoint["recorder"]
         self.cadence.load_state_dict(state_dict["cadence"])
         self._initial, self._reference = state_dict["initial"], state_dict["reference"]
         self._reference_step = state_dict["reference_step"]

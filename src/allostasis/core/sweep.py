@@ -84,7 +84,7 @@ class Supervisor(Callback):
         self.points = check_sweep(config)
         done = sum(status(point.folder) == "done" for point in self.points)
         finished = f", {done} finished already" if done and not config.force else ""
-        log.info("%d runs%s", len(self.points), finished)
+        log.info("%s%s", _count(len(self.points), "run"), finished)
         if done < len(self.points) or config.force:
             self._advise()
 
@@ -280,6 +280,10 @@ def _short(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def _duration(seconds: float | None) -> str:
