@@ -24,6 +24,10 @@ class Interrupted(BaseException):
         self.exit_status = 128 + number
         super().__init__(f"stopped by {self.signal.name}")
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        """Pickle by the number, so that a launcher's worker can hand it to its parent."""
+        return Interrupted, (int(self.signal),)
+
 
 def _raise(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signature of a handler)
     raise Interrupted(number)
