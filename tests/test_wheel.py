@@ -34,9 +34,8 @@ def test_the_installed_wheel_runs_the_same_command_outside_the_checkout(tmp_path
     assert str(site) in where
     words = ["+exp=grokking", "-m", "seed=0,1", "preset=quick", "condition=high_wd"]
     words += ["module.max_steps=20", "threads=1"]
-    done = subprocess.run(
-        [python, "-m", "allostasis", *words], cwd=outside, capture_output=True, text=True, check=False
-    )
+    sweep = [python, "-m", "allostasis", *words]
+    done = subprocess.run(sweep, cwd=outside, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     records = list(outside.glob("outputs/grokking/high_wd/seed=*/*/run.json"))
     assert len(records) == 2

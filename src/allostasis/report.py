@@ -129,7 +129,7 @@ def _print(studies: Sequence[Study], written: Sequence[Path]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for study in studies:
         table = Table(title=f"{study.exp}: {study.counts}", title_justify="left", box=SIMPLE_HEAD)
         rows = [_row(result) for result in study.results]
