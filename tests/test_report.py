@@ -19,7 +19,9 @@ from scipy import stats
 from allostasis import report
 from allostasis.analysis import canvas, document
 from allostasis.analysis.aggregate import Arm, arms, one_a_condition
+from allostasis.analysis.claims import Claim
 from allostasis.analysis.curves import RunView, UndefinedError
+from allostasis.analysis.verdicts import judge
 from allostasis.core.records import read_runs
 from allostasis.experiments.grokking import report as grokking
 
@@ -411,3 +413,21 @@ def test_an_experiment_without_a_report_of_its_own_has_its_values(
     made = document.study("grokking", views, document.Extension(tmp_path, []))
     assert [table.title for table in made.tables] == ["Exploratory: final values"]
     assert report.main([str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(("width", "is_refused"), [(128, False), (64, True)])
+def test_raw_norm_across_widths_is_refused(
+    tmp_path: Path, write_run: Writer, width: int, is_refused: bool
+) -> None:
+    for seed in range(5):
+        write_run(tmp_path, "high_wd", seed)
+        write_run(tmp_path, "no_wd", seed, config={"model.d_model": width})
+    claim = Claim.model_validate({
+        "id": "X", "source": "own", "text": "x", "family": "x", "status": "own", "test": "t",
+        "estimand": {"summary": "final", "of": "paired_difference"},
+        "arms": {"treatment": "high_wd", "control": "no_wd"},
+        "select": {"metric": "amplitude_param.published"}, "direction": "less", "bound": 0.0,
+    })  # fmt: skip
+    [result] = judge([claim], arms([RunView(record) for record in read_runs(tmp_path)]))
+    assert ("grows with the width" in result.verdict.reason) == is_refused
+    assert (result.inference is None) == is_refused

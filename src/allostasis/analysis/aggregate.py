@@ -14,6 +14,9 @@ from allostasis.analysis.claims import Claim
 from allostasis.analysis.curves import RunView, UndefinedError
 from allostasis.analysis.summaries import Time
 
+RAW_NORMS = {"amplitude_activation.published", "amplitude_param.published", "weight_norm"}
+"""Metrics that grow with the width of the model, whatever it does."""
+
 
 class IdenticalArmsError(ValueError):
     """Two conditions that are one: their comparison would compare a run with itself."""
@@ -163,6 +166,21 @@ def check_distinct(treatment: Arm, control: Arm) -> None:
                 f"{pair} ended with equal weights at seed {run.seed} ({run.final_weights}); "
                 "the condition changed nothing"
             )
+
+
+def check_widths(claim: Claim, treatment: Arm, control: Arm) -> None:
+    """Refuse to compare raw norms of models of different width.
+
+    Raises:
+        UndefinedError: The claim reads a raw norm and the arms' d_model differ.
+    """
+    widths = [arm.config.get("model", {}).get("d_model") for arm in (treatment, control)]
+    if claim.select is not None and claim.select.metric in RAW_NORMS and widths[0] != widths[1]:
+        raise UndefinedError(
+            f"{claim.select.metric} grows with the width, and the arms have d_model {widths[0]} "
+            f"and {widths[1]}; across widths take amplitude_activation, which divides by "
+            "sqrt(d_model)"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from allostasis.analysis.aggregate import (
     Arm,
     Sample,
     check_distinct,
+    check_widths,
     one_a_condition,
     pair,
     shown,
@@ -180,6 +181,7 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
         if claim.arms.control is not None:
             same_device = [other for other in arms if other.device == arm.device]
             other, also_unlike = shown(same_device, claim.arms.control, claim.settings)
+            check_widths(claim, arm, other)
             control, unlike = summarise(claim, other), unlike or also_unlike
             used.append(other)
             if claim.estimand is not None and claim.estimand.of != "difference":
