@@ -1,6 +1,6 @@
 """What Lightning, the Recorder and a logger cost over a bare loop of the same updates.
 
-    python benchmarks/harness_overhead.py [--updates 300] [--rounds 3] [--threads 2]
+    python benchmarks/harness_overhead.py [--updates 500] [--rounds 3] [--threads 2]
 
 Grokking at full size (p = 113, 30 % of the pairs). Both sides start from the same weights and do
 the same updates; their final weights must be equal bit for bit. The harness runs as `run.py` sets
@@ -42,7 +42,7 @@ def dense_share() -> float:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--updates", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dense-share", type=float, default=None)
@@ -52,6 +52,7 @@ def main() -> int:
     import lightning as L
     import torch
     from lightning.pytorch.loggers import CSVLogger
+    from threadpoolctl import threadpool_limits
 
     from allostasis.callbacks.cadence import Plan
     from allostasis.callbacks.checkpoints import Checkpoints
@@ -64,6 +65,8 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    threadpool_limits(options.threads, user_api="blas")
     task = ModularAddition(seed=0)
     identity = Identity("benchmark", "grokking", "high_wd", 0, "cpu")
 

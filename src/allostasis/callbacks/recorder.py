@@ -286,7 +286,8 @@ class Recorder(Callback):
         weights = {
             k: v.detach().cpu().contiguous() for k, v in pl_module.model.state_dict().items()
         }
-        write_atomically(self._kept_path(step), lambda file: save_file(weights, file))
+        path = self._kept_path(step)
+        write_atomically(path, lambda file: save_file(weights, file), is_durable=False)
         self._kept.append(step)
 
     # ------------------------------------------------------------------ survival

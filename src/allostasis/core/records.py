@@ -39,12 +39,14 @@ TIMES_SCHEMA = pa.schema([("run_id", pa.string()), ("step", pa.int64()), ("time"
 NULLABLE = {"split", "layer", "head", "position"}
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any], *, is_durable: bool = True) -> None:
     """Write a file under a temporary name in its own folder, then rename it into place.
 
     Args:
         path: Where the file shall be. Its folder is made if it is missing.
         write: Called with the temporary path.
+        is_durable: Whether to wait until the disk has it. Without, a file survives a kill of the
+            process but not a loss of power.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -52,8 +54,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if is_durable:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
