@@ -431,3 +431,14 @@ def test_raw_norm_across_widths_is_refused(
     [result] = judge([claim], arms([RunView(record) for record in read_runs(tmp_path)]))
     assert ("grows with the width" in result.verdict.reason) == is_refused
     assert (result.inference is None) == is_refused
+
+
+def test_no_curve_of_a_figure_with_a_shared_axis_is_cut_off(shown: list[Arm]) -> None:
+    [figure] = [f for f in grokking.figures(shown) if f.name == "head_norms"]
+    with canvas.style() as plt:
+        drawn = figure.draw()
+        for axis in drawn.axes:
+            highest = max(float(np.max(line.get_ydata())) for line in axis.lines)
+            assert axis.get_ylim()[0] == 0
+            assert highest <= axis.get_ylim()[1]
+        plt.close(drawn)

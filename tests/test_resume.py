@@ -23,9 +23,9 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        COMMAND, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*COMMAND, *more], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -112,9 +112,9 @@ def test_a_signal_ends_a_run_with_its_status_and_the_run_goes_on(
 
 
 def test_a_second_process_on_the_same_run_is_refused(tmp_path: Path) -> None:
-    first = start(tmp_path)
+    first = start(tmp_path, "module.max_steps=100_000")
     wait_for_checkpoint(first, tmp_path, after=0)
-    second = start(tmp_path)
+    second = start(tmp_path, "module.max_steps=100_000")
     output, _ = second.communicate(timeout=120)
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=60)

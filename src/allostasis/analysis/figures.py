@@ -215,6 +215,7 @@ def by_head(arms: Sequence[Arm], quantities: Sequence[Quantity]) -> Canvas:
             for axis, arm in zip(row, arms, strict=True):
                 _heads(axis, arm, quantity)
             row[0].set_ylabel(quantity.label)
+            row[0].set_ylim(bottom=0)  # once all arms are drawn: it fixes the shared upper end too
         for axis, arm in zip(axes[0], arms, strict=True):
             axis.set_title(f"{arm.condition}, seed {arm.runs[0].seed}")
         for axis in axes[-1]:
@@ -241,7 +242,6 @@ def _heads(axis: Axes, arm: Arm, quantity: Quantity) -> None:
     # each factor of a product of two weights decays by itself
     decay = first.values[0] * np.exp(-2 * rate * first.steps)
     axis.plot(first.steps, decay, color=INK, ls=":", label="weight decay alone, exp(-2 lr wd t)")
-    axis.set_ylim(bottom=0)
 
 
 def terms(arms: Sequence[Arm], quantities: Sequence[Quantity], unit: str) -> Canvas:
