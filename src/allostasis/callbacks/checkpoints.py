@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import lightning as L
-import torch
 from annotated_types import Gt
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
@@ -84,10 +83,3 @@ class Checkpoints(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where `state_dict` left off."""
         self.sha256, self._saved_at = dict(state_dict["sha256"]), state_dict["saved_at"]
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read weights that `Checkpoints` kept; safetensors only, so nothing in them can run."""
-    from safetensors.torch import load_file
-
-    return load_file(path, device=str(torch.device("cpu")))

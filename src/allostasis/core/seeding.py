@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
-
 NAMES = ("init", "data", "order", "probe", "bootstrap")
 
 
@@ -34,8 +32,3 @@ def derive(seed: int, name: str) -> int:
         raise ValueError(f"no randomness is called '{name}'; there are {', '.join(NAMES)}")
     digest = hashlib.sha256(f"{name}:{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def generator(seed: int, name: str) -> np.random.Generator:
-    """A NumPy generator for what `name` says, from a run's seed."""
-    return np.random.default_rng(derive(seed, name))
