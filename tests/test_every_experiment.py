@@ -25,8 +25,9 @@ def compose(exp: str, *overrides: str) -> DictConfig:
     from allostasis.core.config import register
 
     register()
+    short = SHORT.get(exp, ["trainer.max_steps=20"])
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        words = [f"exp={exp}", "preset=quick", "threads=1", "device=cpu", *SHORT[exp], *overrides]
+        words = [f"exp={exp}", "preset=quick", "threads=1", "device=cpu", *short, *overrides]
         return hydra_compose("config", words)
 
 
