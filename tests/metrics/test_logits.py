@@ -18,7 +18,7 @@ from allostasis.metrics.accuracy import Accuracy
 from allostasis.metrics.alignment import Alignment, alignment, highest_alignment
 from allostasis.metrics.base import Snapshot
 from allostasis.metrics.calibration import Calibration, brier, calibration
-from allostasis.metrics.cross_entropy import CrossEntropy, cross_entropy, log_probabilities
+from allostasis.metrics.cross_entropy import CrossEntropy, cross_entropy, distribution, log_probabilities
 from allostasis.metrics.log_margin import LogMargin
 from allostasis.metrics.logit_scale import LogitScale, logit_scale
 from allostasis.metrics.margin import Margin, answer_distance, margin, runner_up
@@ -69,7 +69,7 @@ def test_float32_loses_a_loss_that_float64_still_sees() -> None:
 def test_output_entropy_equals_scipys() -> None:
     logits, _ = _logits(20, 9)
     expected = stats.entropy(logits.softmax(dim=-1).numpy(), axis=-1)
-    assert_close(output_entropy(log_probabilities(logits)), torch.from_numpy(expected))
+    assert_close(output_entropy(distribution(logits)), torch.from_numpy(expected))
 
 
 def test_margin_is_the_lead_over_the_best_wrong_answer() -> None:
@@ -184,5 +184,5 @@ def test_equal_mass_bins_equal_quantile_bins() -> None:
 def test_brier_equals_twice_scikit_learns_for_two_answers() -> None:
     logits, labels = _logits(40, 2)
     p = logits.softmax(dim=-1)[:, 1].numpy()
-    found = brier(log_probabilities(logits), labels).mean().item()
+    found = brier(distribution(logits).p, labels).mean().item()
     assert found == pytest.approx(2 * brier_score_loss(labels.numpy(), p), rel=1e-12)

@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from allostasis.metrics.base import GAUGES, Metric, Snapshot, invariant, precise
+from allostasis.metrics.base import GAUGES, Metric, Snapshot, given, invariant, precise
 
 
 def accuracy(
@@ -28,7 +28,29 @@ def accuracy(
         >>> accuracy(torch.eye(3), torch.tensor([0, 1, 1])).float().mean().item()
         0.6666667
     """
-    return logits.argmax(dim=-1) == labels
+    return prediction(logits) == labels
+
+
+def prediction(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
+    """The answer with the largest logit; the first of them where several are equal.
+
+    argmax_v l_v
+
+    Args:
+        logits: Logits at the readout position.
+
+    Returns:
+        Answer ids, in [0, V); they have no direction.
+
+    Source:
+        Standard.
+
+    Example:
+        >>> import torch
+        >>> prediction(torch.eye(3))
+        tensor([0, 1, 2])
+    """
+    return logits.argmax(dim=-1)
 
 
 class Accuracy(Metric):
@@ -49,7 +71,7 @@ class Accuracy(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        correct = snapshot.once(accuracy, "logits", "labels")
+        correct = snapshot.once(prediction, "logits") == given(snapshot.labels, "labels")
         value, n = precise(correct).mean(), len(correct)
         self.add(value, n=n)
         if "" in snapshot.ceiling:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from allostasis.metrics.base import GAUGES, Metric, Snapshot, given, invariant
 from allostasis.metrics.logit_scale import logit_scale
-from allostasis.metrics.margin import margin
+from allostasis.metrics.margin import margin, rivalry
 
 
 def alignment(
@@ -85,5 +85,5 @@ class Alignment(Metric):
     @staticmethod
     def per_example(snapshot: Snapshot) -> dict[str, Tensor]:
         """Give the value of each example, by part; NaN where all its logits are equal."""
-        lead = snapshot.once(margin, "logits", "labels")
+        lead = snapshot.once(rivalry, "logits", "labels").margin
         return {"": lead / snapshot.once(logit_scale, "logits")}

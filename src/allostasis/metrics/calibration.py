@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from allostasis.metrics.accuracy import accuracy
+from allostasis.metrics.accuracy import prediction
 from allostasis.metrics.base import GAUGES, Mean, Metric, Place, Snapshot, given, invariant, precise
-from allostasis.metrics.cross_entropy import cross_entropy, log_probabilities
+from allostasis.metrics.cross_entropy import cross_entropy, distribution
 
 N_BINS = 15
 N_CELLS = 4096
@@ -38,14 +38,14 @@ def calibration(
 
 
 def brier(
-    log_p: Float[Tensor, "batch vocab"], labels: Int[Tensor, " batch"]
+    p: Float[Tensor, "batch vocab"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
     """Squared distance between the predicted distribution and the truth.
 
     sum_v (p_v - 1[v = y])^2
 
     Args:
-        log_p: Log-probabilities of the answers.
+        p: The predicted probabilities.
         labels: The true answers.
 
     Returns:
@@ -55,11 +55,11 @@ def brier(
         Brier (1950), Verification of forecasts expressed in terms of probability.
 
     Example:
-        >>> brier(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([0])).item()
+        >>> brier(torch.tensor([[0.5, 0.5]]), torch.tensor([0])).item()
         0.5
     """
-    truth = log_p.new_ones(len(labels), 1)
-    return log_p.exp().scatter_add_(-1, labels[:, None], -truth).norm(dim=-1).square()
+    truth = p.new_ones(len(labels), 1)
+    return p.scatter_add(-1, labels[:, None], -truth).norm(dim=-1).square()
 
 
 def _histogram(
@@ -108,15 +108,16 @@ class Calibration(Metric):
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
         labels = given(snapshot.labels, "labels")
-        log_p = snapshot.once(log_probabilities, "logits")
-        confidence = log_p.amax(dim=-1).exp()
-        correct = snapshot.once(accuracy, "logits", "labels").to(confidence)
+        predicted = snapshot.once(distribution, "logits")
+        answer = snapshot.once(prediction, "logits")
+        confidence = predicted.p.gather(-1, answer[:, None])[:, 0]
+        correct = (answer == labels).to(confidence)
         own_choice = torch.ones_like(correct)
         self.accumulate("bins", _histogram(confidence, correct, N_BINS))
         self.accumulate("cells", _histogram(confidence, correct, N_CELLS))
         self.accumulate("own", _histogram(confidence, own_choice, N_BINS))
-        self.add(brier(log_p, labels).mean(), n=len(labels), part="brier")
-        self.add(cross_entropy(log_p, labels).mean(), n=len(labels), part="nll")
+        self.add(brier(predicted.p, labels).mean(), n=len(labels), part="brier")
+        self.add(cross_entropy(predicted.log_p, labels).mean(), n=len(labels), part="nll")
 
     def means(self) -> dict[Place, Mean]:
         """Give the errors of the histograms over all batches and devices."""

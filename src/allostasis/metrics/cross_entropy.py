@@ -1,5 +1,7 @@
 """Cross-entropy (Psi): the surprise at the true answer."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,6 +29,42 @@ def log_probabilities(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*
         tensor([[0.5000, 0.5000]], dtype=torch.float64)
     """
     return precise(logits).log_softmax(dim=-1)
+
+
+class Distribution(NamedTuple):
+    """A predicted distribution.
+
+    Attributes:
+        log_p: log p, as `log_probabilities` gives it.
+        p: Probabilities, in [0, 1].
+    """
+
+    log_p: Float[Tensor, "batch vocab"]
+    p: Float[Tensor, "batch vocab"]
+
+
+def distribution(logits: Float[Tensor, "batch vocab"]) -> Distribution:
+    """The predicted distribution and its logarithm, with one exponential for both.
+
+    p = exp(l) / sum_v exp l_v
+
+    Args:
+        logits: Logits; adding a constant to all of an example's changes nothing.
+
+    Returns:
+        Pure numbers and nats, in float64. High: a likely answer.
+
+    Source:
+        Standard.
+
+    Example:
+        >>> distribution(torch.zeros(1, 2)).p
+        tensor([[0.5000, 0.5000]], dtype=torch.float64)
+    """
+    lead = precise(logits) - precise(logits.amax(dim=-1, keepdim=True))
+    p = lead.exp()
+    total = p.sum(dim=-1, keepdim=True)
+    return Distribution(lead.sub_(total.log()), p.div_(total))
 
 
 def cross_entropy(
@@ -78,7 +116,7 @@ class CrossEntropy(Metric):
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
         logits, labels = given(snapshot.logits, "logits"), given(snapshot.labels, "labels")
-        log_p = snapshot.once(log_probabilities, "logits")
+        log_p = snapshot.once(distribution, "logits").log_p
         value, n = cross_entropy(log_p, labels).mean(), len(labels)
         single = functional.cross_entropy(logits.float(), labels, reduction="none")
         self.add(value, n=n)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from allostasis.metrics.base import GAUGES, Metric, Snapshot, invariant
 from allostasis.metrics.logit_scale import logit_scale
-from allostasis.metrics.margin import margin
+from allostasis.metrics.margin import rivalry
 
 
 def log_margin(
@@ -64,7 +64,7 @@ class LogMargin(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        margins = snapshot.once(margin, "logits", "labels")
+        margins = snapshot.once(rivalry, "logits", "labels").margin
         terms = log_margin(margins, snapshot.once(logit_scale, "logits"))
         n, right = len(margins), terms.shape[-1]
         for part, term in zip(("", "scale", "alignment"), terms, strict=True):

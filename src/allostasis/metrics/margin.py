@@ -1,5 +1,7 @@
 """Margin (Psi): by how much the true answer's logit leads the best of the others."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -30,7 +32,7 @@ def runner_up(
         >>> runner_up(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0])).item()
         2
     """
-    return logits.scatter(-1, labels[:, None], -torch.inf).argmax(dim=-1)
+    return rivalry(logits, labels).runner_up
 
 
 def margin(
@@ -54,9 +56,21 @@ def margin(
         >>> margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0])).item()
         1.0
     """
+    return rivalry(logits, labels).margin
+
+
+class Rivalry(NamedTuple):
+    """The true answer against the best wrong one, as `margin` and `runner_up` define them."""
+
+    margin: Float[Tensor, " batch"]
+    runner_up: Int[Tensor, " batch"]
+
+
+def rivalry(logits: Float[Tensor, "batch vocab"], labels: Int[Tensor, " batch"]) -> Rivalry:
+    """Margin and runner-up of each example, in one search."""
     right = logits.gather(-1, labels[:, None])[:, 0]
-    wrong = logits.scatter(-1, labels[:, None], -torch.inf).amax(dim=-1)
-    return precise(right) - precise(wrong)
+    wrong, others = logits.scatter(-1, labels[:, None], -torch.inf).max(dim=-1)
+    return Rivalry(precise(right) - precise(wrong), others)
 
 
 def answer_distance(
@@ -112,8 +126,8 @@ class Margin(Metric):
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
         labels, unembed = given(snapshot.labels, "labels"), given(snapshot.weights, "params").W_U
-        lead = snapshot.once(margin, "logits", "labels")
-        distance = answer_distance(unembed, labels, snapshot.once(runner_up, "logits", "labels"))
+        lead, others = snapshot.once(rivalry, "logits", "labels")
+        distance = answer_distance(unembed, labels, others)
         apart = distance > 0
         self.add(lead.mean(), n=len(lead))
         self.add(
@@ -126,4 +140,4 @@ class Margin(Metric):
     @staticmethod
     def per_example(snapshot: Snapshot) -> dict[str, Tensor]:
         """Give the value of each example, by part."""
-        return {"": snapshot.once(margin, "logits", "labels")}
+        return {"": snapshot.once(rivalry, "logits", "labels").margin}

@@ -1,19 +1,20 @@
 """Output entropy (Psi): how undecided the predicted distribution is."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from allostasis.metrics.base import GAUGES, Metric, Snapshot, invariant
-from allostasis.metrics.cross_entropy import log_probabilities
+from allostasis.metrics.cross_entropy import Distribution, distribution
 
 
-def output_entropy(log_p: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+def output_entropy(predicted: Distribution) -> Float[Tensor, " batch"]:
     """Entropy of the predicted distribution.
 
     -sum_v p_v log p_v
 
     Args:
-        log_p: Log-probabilities of the answers.
+        predicted: Distribution over the answers.
 
     Returns:
         Nats, in [0, ln V]. 0: one answer is certain. ln V: all are equally likely.
@@ -22,11 +23,10 @@ def output_entropy(log_p: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch
         Shannon (1948), A mathematical theory of communication, Bell Syst. Tech. J. 27.
 
     Example:
-        >>> import torch
-        >>> output_entropy(torch.full((1, 4), 0.25).log()).item()  # ln 4
+        >>> output_entropy(distribution(torch.zeros(1, 4))).item()  # ln 4
         1.386294
     """
-    return -(log_p.exp() * log_p).sum(dim=-1)
+    return -torch.linalg.vecdot(predicted.p, predicted.log_p)
 
 
 class OutputEntropy(Metric):
@@ -41,5 +41,5 @@ class OutputEntropy(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        entropy = output_entropy(snapshot.once(log_probabilities, "logits"))
+        entropy = output_entropy(snapshot.once(distribution, "logits"))
         self.add(entropy.mean(), n=len(entropy))

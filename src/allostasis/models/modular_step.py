@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, embedding_bag
 
 Matmul = Literal["float32", "bfloat16"]
+BLOCK = 226  # pairs at a time where only logits are wanted: about half a megabyte of activations
 LANES = 16  # table rows are padded to whole vectors of this many float32 numbers
 
 
@@ -165,6 +166,20 @@ def forward(folded: Folded, index: PairIndex, matmul: Matmul) -> tuple[Tensor, T
     with products_in(matmul):
         torch.addmm(logits, hidden, folded.hidden_to_logits, out=logits)
     return rows, hidden, logits
+
+
+def logits_of(folded: Folded, index: PairIndex) -> Float[Tensor, "pair d_vocab"]:
+    """Each pair's logits alone, in blocks of pairs whose hidden activations stay in the cache."""
+    d_mlp, d_vocab = folded.hidden_to_logits.shape
+    logits = folded.table.new_empty(len(index.rows), d_vocab)
+    for block in range(0, len(logits), BLOCK):
+        part = slice(block, block + BLOCK)
+        rows = embedding_bag(
+            index.rows[part], folded.table, mode="sum", per_sample_weights=folded.weights[part]
+        )
+        past, hidden = rows[:, d_mlp : d_mlp + d_vocab], rows[:, :d_mlp].relu_()
+        torch.addmm(past, hidden, folded.hidden_to_logits, out=logits[part])
+    return logits
 
 
 class StructuredLoss(torch.autograd.Function):

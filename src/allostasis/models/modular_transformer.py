@@ -17,7 +17,7 @@ from allostasis.models.modular_step import (
     Parameters,
     StructuredLoss,
     fold,
-    forward,
+    logits_of,
 )
 
 Engine = Literal["structured", "naive"]
@@ -143,6 +143,7 @@ class ModularTransformer(HookedRootModule):
         self.W_U = draw(d_model, p + 1, fan=p + 1)
 
         self._trained_on: tuple[Pairs, PairIndex] | None = None
+        self._grid: PairIndex | None = None
         self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
         self.blocks = nn.ModuleList([_Block()])
         self.setup()
@@ -227,20 +228,19 @@ class ModularTransformer(HookedRootModule):
     @torch.no_grad()
     def logits(self, pairs: Pairs) -> Float[Tensor, "pair d_vocab"]:
         """Logits at '=' by the structured engine, without gradients."""
-        return self._logits(pairs.a, pairs.b)
+        return self._logits(self._index(pairs.a, pairs.b))
 
     @torch.no_grad()
     def grid_logits(self) -> Float[Tensor, "p p d_vocab"]:
         """Logits at '=' for every pair, by a and b, without gradients."""
-        numbers = torch.arange(self.p, device=self.W_E.device)
-        a, b = torch.cartesian_prod(numbers, numbers).T
-        return self._logits(a, b).unflatten(0, (self.p, self.p))
+        if self._grid is None or self._grid.sources.device != self.W_E.device:
+            numbers = torch.arange(self.p, device=self.W_E.device)
+            self._grid = self._index(*torch.cartesian_prod(numbers, numbers).T)
+        return self._logits(self._grid).unflatten(0, (self.p, self.p))
 
-    def _logits(self, a: Tensor, b: Tensor) -> Tensor:
+    def _logits(self, index: PairIndex) -> Tensor:
         self._refuse_hooks()
-        index = self._index(a, b)
-        folded = fold(self._parameters_in_order(), index)
-        return forward(folded, index, "float32")[2].contiguous()
+        return logits_of(fold(self._parameters_in_order(), index), index)
 
     def _index(self, a: Tensor, b: Tensor) -> PairIndex:
         return PairIndex(a, b, p=self.p, n_heads=self.n_heads)
