@@ -62,7 +62,8 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
         logger = None
         try:
             logger = loggers.build(cfg.logger, identity=identity, folder=folder)
-            with threadpool_limits(file.content["threads"], user_api="blas"):
+            # NumPy's own BLAS threads would spin against torch's for the same cores
+            with threadpool_limits(1, user_api="blas"):
                 facts, status = _work(cfg, folder, file, identity, logger)
         except Interrupted as exception:
             status, error = "interrupted", exception

@@ -4,6 +4,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from allostasis.metrics.base import GAUGES, Metric, Snapshot, given, invariant, precise
+from allostasis.metrics.margin import rivalry
 
 
 def accuracy(
@@ -28,29 +29,16 @@ def accuracy(
         >>> accuracy(torch.eye(3), torch.tensor([0, 1, 1])).float().mean().item()
         0.6666667
     """
-    return prediction(logits) == labels
+    return logits.argmax(dim=-1) == labels
 
 
-def prediction(logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
-    """The answer with the largest logit; the first of them where several are equal.
+def is_right(snapshot: Snapshot) -> Bool[Tensor, " batch"]:
+    """What `accuracy` says of a snapshot, from the search for the runner-up that others share.
 
-    argmax_v l_v
-
-    Args:
-        logits: Logits at the readout position.
-
-    Returns:
-        Answer ids, in [0, V); they have no direction.
-
-    Source:
-        Standard.
-
-    Example:
-        >>> import torch
-        >>> prediction(torch.eye(3))
-        tensor([0, 1, 2])
+    Where the true answer and the runner-up are level, the first of the two is the prediction.
     """
-    return logits.argmax(dim=-1)
+    lead, others = snapshot.once(rivalry, "logits", "labels")
+    return (lead > 0) | ((lead == 0) & (given(snapshot.labels, "labels") < others))
 
 
 class Accuracy(Metric):
@@ -71,7 +59,7 @@ class Accuracy(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        correct = snapshot.once(prediction, "logits") == given(snapshot.labels, "labels")
+        correct = is_right(snapshot)
         value, n = precise(correct).mean(), len(correct)
         self.add(value, n=n)
         if "" in snapshot.ceiling:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from allostasis.metrics.accuracy import prediction
+from allostasis.metrics.accuracy import is_right
 from allostasis.metrics.base import GAUGES, Mean, Metric, Place, Snapshot, given, invariant, precise
 from allostasis.metrics.cross_entropy import cross_entropy, distribution
 
@@ -109,9 +109,8 @@ class Calibration(Metric):
         """Add the examples of a snapshot."""
         labels = given(snapshot.labels, "labels")
         predicted = snapshot.once(distribution, "logits")
-        answer = snapshot.once(prediction, "logits")
-        confidence = predicted.p.gather(-1, answer[:, None])[:, 0]
-        correct = (answer == labels).to(confidence)
+        confidence = predicted.p.amax(dim=-1)
+        correct = is_right(snapshot).to(confidence)
         own_choice = torch.ones_like(correct)
         self.accumulate("bins", _histogram(confidence, correct, N_BINS))
         self.accumulate("cells", _histogram(confidence, correct, N_CELLS))
