@@ -22,6 +22,7 @@ from allostasis.callbacks.cadence import Plan
 from allostasis.callbacks.checkpoints import Checkpoints
 from allostasis.callbacks.progress import Progress
 from allostasis.callbacks.recorder import Identity, Recorder
+from allostasis.callbacks.tables import Tables
 from allostasis.core import audit, devices
 from allostasis.core.config import config_hash
 from allostasis.core.interrupt import Interrupted, interruptible
@@ -122,19 +123,54 @@ def _work(
     L.seed_everything(cfg.seed, verbose=False)
     task = instantiate(cfg.task)
     module = instantiate(cfg.module, model=instantiate(cfg.model), task=task, _convert_="all")
+    do = _train if "fit" in cfg.stages else _look
+    facts |= do(cfg, folder, identity, device, logger, task, module)
+    facts["summary"] = module.summary()
+    facts["data"] = module.data()
+    record = read_run(folder)
+    seen = {**file.content, **facts, "wall_s": file.elapsed()}
+    write_json(folder / "audit.json", audit.view(seen, record.metrics, record.times))
+    (folder / "resume.ckpt").unlink(missing_ok=True)
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    verified = all(gate["passed"] for gate in facts.get("gates", {}).values())
+    verified = verified and facts.get("verify", {}).get("passed", True)
+    return facts, "done" if verified else "failed_verification"
+
+
+def _look(
+    cfg: DictConfig,
+    folder: Path,
+    identity: Identity,
+    device: devices.Device,
+    logger: Any,
+    task: L.LightningDataModule,
+    module: Any,
+) -> dict[str, Any]:
+    """Test a module that trains nothing; it makes its own tables and facts."""
+    facts = {"effect": module.to(device.torch).prove_effect()}
+    trainer = _trainer(cfg, folder, device, logger, [Tables(folder=folder, identity=identity)])
+    trainer.test(module, datamodule=task, verbose=False)
+    return {**facts, **module.facts, "metrics": {}, "skipped": {}, "checkpoints": {}}
+
+
+def _train(
+    cfg: DictConfig,
+    folder: Path,
+    identity: Identity,
+    device: devices.Device,
+    logger: Any,
+    task: L.LightningDataModule,
+    module: Any,
+) -> dict[str, Any]:
+    """Train a module, or go on where a resume point says; what is recorded is the Recorder's."""
+    facts: dict[str, Any] = {}
     plan: Plan = instantiate(cfg.metrics, _convert_="all")
     recorder = Recorder(
         folder=folder, identity=identity, plan=plan, eval_every=cfg.module.eval_every
     )
     checkpoints = Checkpoints(folder=folder, every=plan.checkpoint_every)
-    trainer = L.Trainer(
-        **{str(key): value for key, value in cfg.trainer.items()},
-        accelerator=device.accelerator,
-        devices=device.devices,
-        default_root_dir=folder,
-        logger=logger or False,
-        callbacks=[recorder, checkpoints, Progress(identity=identity, recorder=recorder)],
-    )
+    progress = Progress(identity=identity, recorder=recorder)
+    trainer = _trainer(cfg, folder, device, logger, [recorder, checkpoints, progress])
     resume = checkpoints.resume_path if checkpoints.resume_path.is_file() else None
     if resume is None:
         facts["effect"] = module.to(device.torch).prove_effect()
@@ -145,15 +181,24 @@ def _work(
 
     facts |= recorder.close()
     facts["checkpoints"] = {str(step): sha for step, sha in sorted(checkpoints.sha256.items())}
-    facts["summary"] = module.summary()
-    facts["data"] = module.data()
-    record = read_run(folder)
-    seen = {**file.content, **facts, "wall_s": file.elapsed()}
-    write_json(folder / "audit.json", audit.view(seen, record.metrics, record.times))
-    checkpoints.resume_path.unlink(missing_ok=True)
-    recorder.discard_parts()
-    verified = all(gate["passed"] for gate in facts.get("gates", {}).values())
-    return facts, "done" if verified else "failed_verification"
+    return facts
+
+
+def _trainer(
+    cfg: DictConfig,
+    folder: Path,
+    device: devices.Device,
+    logger: Any,
+    callbacks: list[L.Callback],
+) -> L.Trainer:
+    return L.Trainer(
+        **{str(key): value for key, value in cfg.trainer.items()},
+        accelerator=device.accelerator,
+        devices=device.devices,
+        default_root_dir=folder,
+        logger=logger or False,
+        callbacks=callbacks,
+    )
 
 
 def _experiment(cfg: DictConfig) -> Path:

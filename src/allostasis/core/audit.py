@@ -13,7 +13,7 @@ LETTERS = {"constraint": "a", "ioi": "b", "grokking": "c", "superposition": "d"}
 # key: (metric, split, one key a layer as well)
 KEYS: dict[str, tuple[str, str | None, bool]] = {
     "psi_accuracy": ("accuracy", "test", False),
-    "psi_logit_diff": ("logit_diff", "test", False),
+    "psi_logit_diff": ("logit_diff.clean", "evaluation", False),
     "A_learned": ("amplitude_learned.published", None, False),
     "A_activation": ("amplitude_activation.published", "probe", True),
     "A_param": ("amplitude_param.published", None, False),

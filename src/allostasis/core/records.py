@@ -33,6 +33,17 @@ METRICS_SCHEMA = pa.schema([
     ("value", pa.float64()),
     ("n", pa.int64()),
 ])
+UNITS_SCHEMA = pa.schema([
+    *METRICS_SCHEMA,
+    ("intervention", pa.string()),
+    ("scale", pa.float64()),
+    ("n_unique", pa.int64()),
+    ("value_clean", pa.float64()),
+    ("delta", pa.float64()),
+    ("ci_low", pa.float64()),
+    ("ci_high", pa.float64()),
+])
+"""metrics.parquet of an experiment that intervenes: which intervention a row is of, against what."""
 EXAMPLES_SCHEMA = METRICS_SCHEMA.append(pa.field("example", pa.int64()))
 TIMES_SCHEMA = pa.schema([("run_id", pa.string()), ("step", pa.int64()), ("time", pa.float64())])
 
@@ -71,8 +82,20 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def write_table(path: Path, rows: list[dict[str, Any]] | pa.Table, schema: pa.Schema) -> None:
+def write_table(
+    path: Path,
+    rows: list[dict[str, Any]] | pa.Table,
+    schema: pa.Schema,
+    *,
+    nullable: bool = False,
+) -> None:
     """Write rows as Parquet atomically.
+
+    Args:
+        path: Where.
+        rows: What.
+        schema: Its columns.
+        nullable: Whether any number may be missing; else only those in `NULLABLE`.
 
     Raises:
         ValueError: A value is NaN or infinite, or a column that may not be empty is.
@@ -80,12 +103,13 @@ def write_table(path: Path, rows: list[dict[str, Any]] | pa.Table, schema: pa.Sc
     table = pa.Table.from_pylist(rows, schema=schema) if isinstance(rows, list) else rows
     for field in schema:
         column = table.column(field.name)
-        if field.name not in NULLABLE and column.null_count:
+        if not nullable and field.name not in NULLABLE and column.null_count:
             raise ValueError(
                 f"{path.name}: column '{field.name}' has {column.null_count} empty rows"
             )
         if pa.types.is_floating(field.type):
-            bad = table.filter(pa.array(~np.isfinite(column.to_numpy())))
+            values = column.fill_null(0.0).to_numpy()  # what may be missing was looked at above
+            bad = table.filter(pa.array(~np.isfinite(values)))
             if len(bad):
                 raise ValueError(
                     f"{path.name}: a value is not finite: {bad.to_pylist()[0]}. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-NAMES = ("init", "data", "order", "probe", "bootstrap")
+NAMES = ("init", "data", "order", "probe", "bootstrap", "donor", "control", "verify")
 
 
 def derive(seed: int, name: str) -> int:

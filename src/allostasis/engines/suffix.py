@@ -30,6 +30,20 @@ SHAM = 1e-5
 """How far a sham unit may move a logit difference, relative to 1 + the largest one."""
 
 
+Precision = Literal["fp32", "bf16"]
+
+
+@contextmanager
+def products_in(precision: Precision) -> Iterator[None]:
+    """Let float32 products round their factors to bfloat16 inside the block, or not at all."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if precision == "bf16" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class ShamError(RuntimeError):
     """An intervention that changes nothing moved the output: the engine is wrong here."""
 
@@ -84,6 +98,7 @@ def sweep(
     sources: Mapping[str, Sequence[Sequence[Prompt]]] | None = None,
     full: bool = True,
     pad: Pad = "none",
+    precision: Precision = "fp32",
     budget: Budget | None = None,
     parts: Parts | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -99,6 +114,9 @@ def sweep(
         full: Whether to read all of `READOUTS`; otherwise `ld` alone, which needs two columns of
             the unembedding.
         pad: `none` runs prompts of one length together; `left` and `right` mix lengths.
+        precision: `bf16` rounds the factors of the suffixes' products to bfloat16 and adds in
+            float32; the clean pass and the readouts stay as they are. To be re-checked
+            (`engines.verify`).
         budget: How many tokens run side by side; measured where None.
         parts: Where finished layers are kept; what lies there is read instead of run.
         progress: Called with (done, planned) units after each layer.
@@ -131,7 +149,8 @@ def sweep(
             these = [units[index] for index in chosen]
             found = parts.read(number, layer, these) if parts is not None else None
             if found is None:
-                found = run.layer(layer, these)
+                with products_in(precision):
+                    found = run.layer(layer, these)
                 if parts is not None:
                     parts.write(number, layer, these, found)
             for name in names:

@@ -29,7 +29,8 @@ class Unit:
         op: `scale` multiplies by `scale`; the others put another value there: the `mean` over a
             reference set, a donor's (`resample`), or the other run's of a pair (`patch`).
         scale: Factor of `scale`; 0 is zero ablation, 1 changes nothing.
-        donor: Which donor, for `resample`.
+        donor: Which donor, for `resample`; None leaves it open, for a unit that is averaged over
+            several.
         positions: `all`, `last` (the last real token), or token indices.
 
     Raises:

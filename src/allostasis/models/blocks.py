@@ -344,6 +344,20 @@ class Decoder:
         norm = self.parts.attn_post_norm
         return attn_out if norm is None else getattr(self.blocks[layer], norm)(attn_out)
 
+    def post_norm_gain(
+        self, layer: int, attn_out: Float[Tensor, "*row d_model"]
+    ) -> Float[Tensor, "*row d_model"] | None:
+        """By what a norm after attention multiplies its input, feature by feature.
+
+        None where no norm follows. The norm divides by sqrt(mean square + eps), so that at this
+        scale it is linear.
+        """
+        if self.parts.attn_post_norm is None:
+            return None
+        norm = getattr(self.blocks[layer], self.parts.attn_post_norm)
+        mean_square = attn_out.float().square().mean(dim=-1, keepdim=True)
+        return (norm.weight.float() + self.parts.gain_offset) * (mean_square + norm.eps).rsqrt()
+
     def mlp_write(
         self, layer: int, resid: Float[Tensor, "*row d_model"]
     ) -> Float[Tensor, "*row d_model"]:

@@ -1,0 +1,61 @@
+"""Writes what an experiment that trains nothing gives: whole tables, at the end of its test step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import pyarrow as pa
+from lightning.pytorch.callbacks import Callback
+
+from allostasis.callbacks.recorder import Identity
+from allostasis.core.records import METRICS_SCHEMA, TIMES_SCHEMA, UNITS_SCHEMA, write_table
+
+STEP = 0
+"""The `step` of every row: nothing is trained."""
+
+
+class Tables(Callback):
+    """Writes `outputs["tables"]` of a test step: data frames by file name, without the run's columns.
+
+    `metrics` gets the columns of metrics.parquet and those that say which intervention a row is of;
+    every other table keeps its own. What an experiment needs to go on after an interruption it
+    keeps below `workspace`, which is set before the test and removed when the run is done.
+
+    Args:
+        folder: The run's folder.
+        identity: The columns that all rows share.
+    """
+
+    def __init__(self, *, folder: Path, identity: Identity) -> None:
+        self.folder, self.identity = folder, identity
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Tell the module where its unfinished work lies."""
+        del trainer
+        pl_module.workspace = self.folder / "parts"
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: object, **__: object
+    ) -> None:
+        """Write the tables."""
+        del trainer, pl_module
+        for name, frame in outputs["tables"].items():
+            frame = frame.assign(**vars(self.identity))
+            if name == "metrics":
+                frame = frame.assign(step=STEP).reindex(columns=UNITS_SCHEMA.names)
+                table = pa.Table.from_pandas(frame, schema=UNITS_SCHEMA, preserve_index=False)
+            else:
+                table = pa.Table.from_pandas(_leading(frame), preserve_index=False)
+            write_table(self.folder / f"{name}.parquet", table, table.schema, nullable=True)
+        now = [{"run_id": self.identity.run_id, "step": STEP, "time": time.time()}]
+        write_table(self.folder / "times.parquet", now, TIMES_SCHEMA)
+
+
+def _leading(frame: pd.DataFrame) -> pd.DataFrame:
+    """The run's columns first."""
+    first = [name for name in METRICS_SCHEMA.names if name in frame]
+    return frame[[*first, *(name for name in frame if name not in first)]]
