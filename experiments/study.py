@@ -3,8 +3,9 @@
     python experiments/study.py experiments/<study>
 
 A study's folder holds design.yaml (command, axes), registered before its first run. Finished runs
-lie under runs/ as run.json, config.yaml, claims.json, metrics.parquet and times.parquet; weights
-stay in the folder's own outputs/, which git ignores. An interrupted run goes on where it stopped.
+lie under runs/ as run.json, config.yaml, claims.json, metrics.parquet and times.parquet, with the
+further tables that the design's `keep` names; weights stay in the folder's own outputs/, which git
+ignores. An interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def finished(folder: Path) -> dict[tuple[str, int], Path]:
     return done
 
 
-def keep(study: Path) -> None:
+def keep(study: Path, more: list[str]) -> None:
     """Copy the records of finished runs from outputs/ to runs/."""
     for source in finished(study / "outputs").values():
         target = study / "runs" / source.relative_to(study / "outputs")
@@ -38,6 +39,9 @@ def keep(study: Path) -> None:
             target.mkdir(parents=True, exist_ok=True)
             for name in KEPT:
                 shutil.copy2(source / name, target / name)
+            for name in more:  # an arm that does nothing has fewer tables
+                if (source / name).is_file():
+                    shutil.copy2(source / name, target / name)
 
 
 def main() -> int:
@@ -49,9 +53,10 @@ def main() -> int:
     study: Path = options.study.resolve()
     design = yaml.safe_load((study / "design.yaml").read_text(encoding="utf-8"))
     conditions, seeds = design["conditions"], design["seeds"]
+    more = design.get("keep", [])
     failed = 0
     for seed, condition in itertools.product(seeds, conditions):
-        keep(study)
+        keep(study, more)
         if (condition, seed) in finished(study / "runs"):
             continue
         if options.only and condition not in options.only:
@@ -59,7 +64,7 @@ def main() -> int:
         words = [f"exp={design['exp']}", f"condition={condition}", f"seed={seed}"]
         words += design["overrides"] + conditions[condition]
         failed += subprocess.call([sys.executable, "-m", "allostasis", *words], cwd=study) != 0
-    keep(study)
+    keep(study, more)
     missing = set(itertools.product(conditions, seeds)) - set(finished(study / "runs"))
     print(f"{len(missing)} of {len(conditions) * len(seeds)} runs are missing; {failed} failed")
     return int(failed > 0)

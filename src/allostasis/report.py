@@ -14,11 +14,12 @@ import importlib.util
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from allostasis.analysis.curves import RunView
     from allostasis.analysis.document import Extension, Study
     from allostasis.analysis.verdicts import Result
     from allostasis.core.records import RunRecord
@@ -95,13 +96,31 @@ def _report(folder: Path, records: Sequence[RunRecord]) -> None:
     views = [RunView(record) for record in records]
     try:
         studies = [
-            document.study(exp, [v for v in views if v.exp == exp], _extension(exp, views))
-            for exp in dict.fromkeys(view.exp for view in views)
+            document.study(exp, group, _extension(exp, views), subject=subject)
+            for exp, subject, group in _by_subject(views)
         ]
     except (ClaimError, IdenticalArmsError) as error:
         raise UsageError(str(error)) from error
-    written = document.write(f"Report on {folder.resolve().name}", studies, folder / "report")
+    about = ", ".join(dict.fromkeys(study.subject for study in studies if study.subject))
+    title = f"Report on {folder.resolve().name}{f': {about}' if about else ''}"
+    written = document.write(title, studies, folder / "report")
     _print(studies, written)
+
+
+def _by_subject(views: Sequence[RunView]) -> Iterator[tuple[str, str, list[RunView]]]:
+    """Runs by experiment and, where it takes a pretrained model, by that model."""
+    groups: dict[tuple[str, tuple[str, ...]], list[RunView]] = {}
+    for view in views:
+        groups.setdefault((view.exp, view.subject), []).append(view)
+    for exp, subject in list(groups):
+        named = [other for other in groups if other[0] == exp and other[1]]
+        if not subject and len(named) == 1:  # runs that failed before they had a model
+            groups[named[0]] += groups.pop((exp, subject))
+    titles = [(exp, group[0].title) for (exp, _), group in groups.items()]
+    for (exp, subject), group in groups.items():
+        title = group[0].title if subject else ""
+        is_shared = titles.count((exp, title)) > 1
+        yield exp, ", ".join([title, *subject[1:]]) if is_shared else title, group
 
 
 def _extension(exp: str, views: Sequence) -> Extension:
@@ -131,7 +150,8 @@ def _print(studies: Sequence[Study], written: Sequence[Path]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     for study in studies:
-        table = Table(title=f"{study.exp}: {study.counts}", title_justify="left", box=SIMPLE_HEAD)
+        title = escape(f"{study.title}: {study.counts}")
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
         rows = [_row(result) for result in study.results]
         widths = [max(map(len, cells)) for cells in zip(HEADS, *rows, strict=True)][:3]
         room = max(12, console.width - sum(widths) - 3 * len(HEADS))

@@ -74,7 +74,7 @@ def test_a_share_of_80_percent_needs_25_seeds_in_a_family_of_six(
 def test_a_failed_run_is_listed_and_its_seed_does_not_count(results: dict[str, Result]) -> None:
     sample = results["C1.groks"].treatment
     assert sample is not None
-    assert sample.seeds == tuple(range(8))
+    assert sample.units == tuple(range(8))
     assert list(sample.arm.left_out.values()) == [
         "seed 8 failed: RuntimeError: <script>alert(1)</script> | & boom"
     ]

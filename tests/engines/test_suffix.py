@@ -223,6 +223,7 @@ def test_finished_layers_are_read_instead_of_run(llama: LanguageModel, tmp_path:
     units = [Unit(members=((layer, head),)) for layer in range(3) for head in range(2)]
 
     def stop(done: int, planned: int) -> None:
+        assert planned == 6
         if done == 4:
             raise KeyboardInterrupt
 
@@ -241,9 +242,10 @@ def test_finished_layers_are_read_instead_of_run(llama: LanguageModel, tmp_path:
     assert other.profile.n_passes == whole.profile.n_passes
 
 
-def test_a_model_that_does_more_than_its_blocks_is_refused(llama: LanguageModel) -> None:
+def test_a_model_that_does_more_than_its_blocks_is_refused() -> None:
     model = pretrained(arch="llama")
-    handle = model.decoder.blocks[1].register_forward_hook(lambda m, a, out: out * 1.01)
+    block = model.decoder.blocks[1]
+    handle = block.register_forward_hook(lambda *passed: passed[2] * 1.01)
     try:
         with pytest.raises(ShamError, match=r"allostasis/models/blocks\.py does not know of"):
             sweep(model.decoder, _rows(_prompts(2)), [Unit(members=((0, 0),))], full=False)

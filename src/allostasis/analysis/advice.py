@@ -8,7 +8,7 @@ from collections.abc import Set
 from pathlib import Path
 
 from allostasis.analysis import claims
-from allostasis.analysis.families import family_sizes, seeds_needed
+from allostasis.analysis.families import family_sizes, seeds_needed, units_of
 
 
 def before_sweep(*, exp: str, module: str, conditions: Set[str], n_seeds: int) -> str | None:
@@ -29,6 +29,8 @@ def before_sweep(*, exp: str, module: str, conditions: Set[str], n_seeds: int) -
     short: dict[int, list[str]] = defaultdict(list)
     for claim in registered:
         if claim.arms is None or not {*vars(claim.arms).values()} - {None} <= conditions:
+            continue
+        if units_of(claim) != "seeds":
             continue
         least = seeds_needed(claim, sizes[claim.family])
         if least > n_seeds:

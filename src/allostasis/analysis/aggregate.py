@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -185,29 +185,35 @@ def check_widths(claim: Claim, treatment: Arm, control: Arm) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One number a seed.
+    """One number a unit: a seed, or a cluster of prompts.
 
     Attributes:
         arm: Where they come from.
-        seeds: One a unit.
-        run_ids: One a unit.
+        units: Seeds, or names of clusters.
+        run_ids: The run of each seed; of clusters, which runs may share, all runs that were read.
         values: One a unit; the numerator where the claim is about a ratio of sums.
         censored: Whether the value is a time that had not come to its event.
         denominators: Of a ratio of sums, else None.
         undefined: Why a seed has no number, by seed.
+        unit: What the units are.
+        n_prompts: Of clusters: how many prompts went in.
+        n_left_out: Of clusters: how many prompts have no value.
     """
 
     arm: Arm
-    seeds: tuple[int, ...]
+    units: tuple[int | str, ...]
     run_ids: tuple[str, ...]
     values: np.ndarray
     censored: np.ndarray
     denominators: np.ndarray | None = None
     undefined: dict[int, str] = field(default_factory=dict)
+    unit: Literal["seed", "cluster"] = "seed"
+    n_prompts: int = 0
+    n_left_out: int = 0
 
     def at(self, seeds: Sequence[int]) -> Sample:
         """The same, for these seeds only, in their order."""
-        order = [self.seeds.index(seed) for seed in seeds]
+        order = [self.units.index(seed) for seed in seeds]
         return Sample(
             self.arm,
             tuple(seeds),
@@ -230,7 +236,9 @@ def summarise(claim: Claim, arm: Arm) -> Sample:
             curve = None
             if claim.select is not None:
                 select = claim.select.model_dump()
-                curve = run.curve(select.pop("metric"), split=claim.estimand.split, **select)
+                metric = str(select.pop("metric"))
+                index = {column: select[column] for column in ("layer", "head", "position")}
+                curve = run.curve(metric, split=claim.estimand.split, **index)
             value = summary(run, curve)
         except UndefinedError as error:
             undefined[run.seed] = str(error)
@@ -256,5 +264,5 @@ def summarise(claim: Claim, arm: Arm) -> Sample:
 
 def pair(left: Sample, right: Sample) -> tuple[Sample, Sample]:
     """Both samples at the seeds that both have, in order."""
-    seeds = sorted(set(left.seeds) & set(right.seeds))
+    seeds = sorted(int(seed) for seed in set(left.units) & set(right.units))
     return left.at(seeds), right.at(seeds)

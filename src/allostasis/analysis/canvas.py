@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from allostasis.analysis.curves import Curve, RunView
 
 if TYPE_CHECKING:
@@ -41,12 +43,14 @@ class Figure:
         title: Heading in the report.
         caption: What it shows, of which runs.
         draw: Makes it.
+        page: Makes its interactive twin, HTML that runs nothing; None where it has none.
     """
 
     name: str
     title: str
     caption: str
     draw: Callable[[], Canvas]
+    page: Callable[[], Markup] | None = None
 
 
 @dataclass(frozen=True)

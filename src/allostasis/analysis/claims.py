@@ -26,8 +26,9 @@ Direction = Literal["greater", "less", "inside", "outside"]
 Test = Literal["t", "tost", "binomial"]
 Of = Literal[
     "mean", "difference", "paired_difference", "log_ratio", "proportion", "unanimous",
-    "median_time", "kappa",
+    "median_time", "kappa", "ratio_of_sums", "log_ratio_of_sums",
 ]  # fmt: skip
+OF_CLUSTERS: tuple[Of, ...] = ("mean", "ratio_of_sums", "log_ratio_of_sums", "kappa")
 
 TESTS: dict[Of, tuple[Test, ...]] = {
     "mean": ("t", "tost"),
@@ -38,6 +39,8 @@ TESTS: dict[Of, tuple[Test, ...]] = {
     "unanimous": ("binomial",),
     "median_time": ("binomial",),
     "kappa": ("t", "tost"),
+    "ratio_of_sums": ("t", "tost"),
+    "log_ratio_of_sums": ("t", "tost"),
 }
 
 
@@ -55,16 +58,17 @@ class Estimand(Part):
     """What is estimated.
 
     Attributes:
-        summary: One number a run, by a function of `analysis.summaries`.
-        of: How the runs' numbers become one. `log_ratio` with one arm takes the summary itself for
+        summary: One number a run, or a prompt, by a function of `analysis.summaries`.
+        of: How the units' numbers become one. `log_ratio` with one arm takes the summary itself for
             the ratio. `unanimous` is a proportion that only all seeds together can support.
-        unit: What counts as one observation.
+        unit: What counts as one observation: a seed, which is one trained model, or a cluster of
+            prompts of the one pretrained model that was run.
         split: Which data the metric was read on; weights have none.
     """
 
     summary: str
     of: Of
-    unit: Literal["seed"] = "seed"
+    unit: Literal["seed", "cluster"] = "seed"
     split: Literal["train", "test", "probe", "all"] | None = None
 
     @field_validator("summary")
@@ -82,12 +86,28 @@ class Arms(Part):
 
 
 class Select(Part):
-    """Columns of the records that pick one curve."""
+    """Columns of the records that pick one curve, or one intervention on prompts.
 
-    metric: str
+    Attributes:
+        metric: Of a curve: its name.
+        layer: Of a curve.
+        head: Of a curve.
+        position: Of a curve.
+        ablation: Of prompts: what stands in the heads' place.
+        set: Of prompts: which sets of heads; several of a kind are averaged prompt by prompt.
+        intervention: Of prompts: one by its key, such as `zero:9.6+9.9`.
+        depth: Of prompts: the input of block `depth`. `late` is every depth from 10/12 of the
+            layers on that the intervention can reach, and a claim is about the weakest of them.
+    """
+
+    metric: str | None = None
     layer: int | None = None
     head: int | None = None
     position: int | None = None
+    ablation: Literal["zero", "mean", "resample"] | None = None
+    set: Literal["single", "pair", "all", "random", "published"] | None = None
+    intervention: str | None = None
+    depth: int | Literal["late"] | None = None
 
 
 class Claim(Part):
@@ -105,6 +125,8 @@ class Claim(Part):
         all_of: Ids of the atoms of a compound.
         bound: A number; [low, high] for inside and outside. Never taken from data.
         negligible: Distance from the bound that is nothing in practice.
+        refuted_at: Value beyond which it is refuted, where that is not the bound itself; what lies
+            between the two leaves it undecided.
         test: `tost` asks for equality within the bounds and is answered by `equivalent`; any other
             test of `inside` asks for a band and is answered by `supported`.
         alpha: Two-sided level; one-sided tests use half, each side of `inside` uses all.
@@ -129,6 +151,7 @@ class Claim(Part):
     direction: Direction | None = None
     bound: float | tuple[float, float] | None = None
     negligible: Annotated[float, Field(gt=0)] | None = None
+    refuted_at: float | None = None
     test: Test | None = None
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     min_seeds: Annotated[int, Field(ge=2)] = 5
@@ -179,12 +202,44 @@ class Claim(Part):
             raise ValueError(
                 f"test 'tost' asks whether a value lies inside, not '{self.direction}'"
             )
-        if summaries.parse(estimand.summary).reads_metric != (self.select is not None):
-            verb = "needs" if self.select is None else "reads the run and takes no"
+        if self.refuted_at is not None:
+            self._check_refuted_at(self.refuted_at)
+        if (summaries.parse(estimand.summary).prompts is not None) != (estimand.unit == "cluster"):
+            reads = "a run" if estimand.unit == "cluster" else "prompts"
+            raise ValueError(
+                f"summary '{estimand.summary}' reads {reads}, which is not unit: {estimand.unit}"
+            )
+        if estimand.unit == "cluster":
+            self._check_clusters(estimand)
+            return
+        selects = self.select is not None and self.select.metric is not None
+        if summaries.parse(estimand.summary).reads_metric != selects:
+            verb = "reads the run and takes no" if selects else "needs"
             raise ValueError(f"summary '{estimand.summary}' {verb} `select: {{metric: ...}}`")
         needs_control = estimand.of in {"difference", "paired_difference"}
         if needs_control and self.arms is not None and self.arms.control is None:
             raise ValueError(f"of: {estimand.of} needs `arms: {{treatment: ..., control: ...}}`")
+
+    def _check_refuted_at(self, refuted_at: float) -> None:
+        sides = {"greater": -1, "less": 1}
+        side = sides.get(self.direction or "")
+        if side is None or not isinstance(self.bound, float):
+            raise ValueError(f"refuted_at fits greater and less, not '{self.direction}'")
+        if side * (refuted_at - self.bound) < 0:
+            raise ValueError(f"refuted_at {refuted_at} lies on the side that supports the claim")
+
+    def _check_clusters(self, estimand: Estimand) -> None:
+        if estimand.of not in OF_CLUSTERS:
+            allowed = ", ".join(OF_CLUSTERS)
+            raise ValueError(f"of: {estimand.of} does not fit unit: cluster; allowed: {allowed}")
+        if self.arms is not None and self.arms.control is not None:
+            raise ValueError("unit: cluster takes one arm: its rows hold the clean run too")
+        if self.select is None or (self.select.set is None and self.select.intervention is None):
+            raise ValueError("unit: cluster needs `select: {ablation: ..., set: ...}`")
+        reads_depths = summaries.parse(estimand.summary).prompts == "depths"
+        if reads_depths != (self.select.depth is not None):
+            verb = "needs" if reads_depths else "reads no depths and takes no"
+            raise ValueError(f"summary '{estimand.summary}' {verb} `select: {{depth: ...}}`")
 
 
 class Frozen(TypedDict):

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,11 @@ from allostasis.core.records import RunRecord
 
 LOW, HIGH = 0.15, 0.85  # test accuracy at which the transition begins and ends
 MIN_POINTS = 5  # of a curve within the transition, for a rank correlation
+NO_TASK = "model does not do the task"
+Table = Literal["examples", "depths"]
+TABLES: tuple[Table, ...] = get_args(Table)
+COLUMNS = ["step", "split", "metric", "unit", "layer", "head", "position", "value"]
+OF_INTERVENTIONS = ["intervention", "value_clean", "delta", "ci_low", "ci_high"]
 
 
 class UndefinedError(Exception):
@@ -78,6 +84,7 @@ class RunView:
         self.seed: int = record.run["seed"]
         self.status: str = record.run["status"]
         self._curves: dict[tuple[object, ...], Curve] = {}
+        self._prompts: dict[Table, pd.DataFrame] = {}
 
     @property
     def device(self) -> str:
@@ -112,6 +119,33 @@ class RunView:
         return self.run.get("summary") or {}
 
     @property
+    def gate(self) -> str:
+        """Why no claim may be decided on this run; empty where nothing speaks against it."""
+        return "" if self.summary.get("does_task", True) else NO_TASK
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """What is known of the pretrained model; empty where the run trained its own."""
+        return self.run.get("model") or {}
+
+    @property
+    def title(self) -> str:
+        """The pretrained model in words, quantisation included."""
+        return str(self.model.get("title") or self.model.get("name") or "this model")
+
+    @property
+    def subject(self) -> tuple[str, ...]:
+        """What makes two pretrained models one: runs of different ones are never compared."""
+        facts = ("title", "weights_sha256", "dtype", "prepend_bos", "attn_implementation")
+        return tuple(f"{fact}={self.model[fact]}" for fact in facts if fact in self.model)
+
+    @property
+    def task(self) -> str:
+        """The task's class."""
+        task = self.record.config.get("task") or {}
+        return str(task.get("_target_", self.exp)).rpartition(".")[2]
+
+    @property
     def last_step(self) -> int:
         """The step at which the run ended; an event that has not come is censored here."""
         steps = self.summary.get("steps")
@@ -119,10 +153,42 @@ class RunView:
 
     @cached_property
     def _rows(self) -> pd.DataFrame:
-        columns = ["step", "split", "metric", "unit", "layer", "head", "position", "value"]
+        rows = self._every_row
+        if "intervention" in rows:
+            rows = rows[rows["intervention"].isna()]
+        return rows[COLUMNS]
+
+    @cached_property
+    def _every_row(self) -> pd.DataFrame:
         path = self.record.folder / "metrics.parquet"
+        there = set(pq.read_schema(path).names)
+        columns = [*COLUMNS, *(column for column in OF_INTERVENTIONS if column in there)]
         table = pq.read_table(path, columns=columns, read_dictionary=["split", "metric", "unit"])
         return table.to_pandas()  # a missing layer, head or position is NaN here
+
+    def interventions(self, metric: str, *, split: str) -> pd.DataFrame:
+        """Rows of one metric with their intervention, which is None in the untouched model.
+
+        Returns:
+            Columns of `table`, and intervention, value_clean, delta, ci_low, ci_high; NaN where
+            the record has none.
+        """
+        rows = self._every_row
+        rows = rows[(rows["metric"] == metric) & (rows["split"] == split)]
+        return rows.reindex(columns=[*COLUMNS, *OF_INTERVENTIONS])
+
+    def prompts(self, table: Table) -> pd.DataFrame:
+        """Single prompts: one row a prompt and intervention, and a depth in `depths`.
+
+        Raises:
+            UndefinedError: The run recorded none.
+        """
+        if table not in self._prompts:
+            path = self.record.folder / f"{table}.parquet"
+            if not path.is_file():
+                raise UndefinedError(f"{table}.parquet was not recorded")
+            self._prompts[table] = pq.read_table(path).to_pandas()
+        return self._prompts[table]
 
     @cached_property
     def _rows_of(self) -> dict[str, np.ndarray]:

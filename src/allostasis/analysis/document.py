@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from allostasis.analysis import canvas, outcomes
 from allostasis.analysis.aggregate import Arm, arms, one_a_condition
@@ -54,6 +56,7 @@ class Drawn:
         caption: What it shows.
         image: PNG; empty where it could not be drawn.
         missing: Why it could not.
+        fragment: Its interactive twin as HTML; empty where it has none.
     """
 
     name: str
@@ -61,11 +64,7 @@ class Drawn:
     caption: str
     image: bytes
     missing: str = ""
-
-    @property
-    def path(self) -> str:
-        """Where REPORT.md finds it."""
-        return f"figures/{self.name}.png"
+    fragment: Markup = Markup()
 
     @property
     def base64(self) -> str:
@@ -80,6 +79,7 @@ class Study:
     Attributes:
         exp: Experiment.
         arms: All of its arms.
+        subject: The pretrained model that it is about; empty where each run trains its own.
         results: One a claim.
         blocks: The results in words.
         figures: Drawn.
@@ -98,6 +98,17 @@ class Study:
     warnings: list[str]
     provenance: list[tuple[str, str]]
     metrics: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    subject: str = ""
+
+    @property
+    def title(self) -> str:
+        """Its heading."""
+        return f"{self.exp}: {self.subject}" if self.subject else self.exp
+
+    @property
+    def anchor(self) -> str:
+        """Its name in addresses and folders."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
     @property
     def counts(self) -> str:
@@ -127,8 +138,15 @@ class Study:
         return [pair for arm in self.arms for pair in arm.left_out.items()]
 
 
-def study(exp: str, runs: Sequence[RunView], extension: Extension) -> Study:
-    """Judge an experiment's claims on its runs and draw its figures."""
+def study(exp: str, runs: Sequence[RunView], extension: Extension, *, subject: str = "") -> Study:
+    """Judge an experiment's claims on its runs and draw its figures.
+
+    Args:
+        exp: The experiment.
+        runs: Its runs; of one model, where the model is not trained.
+        extension: What the experiment adds.
+        subject: That model.
+    """
     every = arms(runs)
     results = judge(extension.claims, every)
     there = one_a_condition(every)
@@ -147,7 +165,7 @@ def study(exp: str, runs: Sequence[RunView], extension: Extension) -> Study:
             lambda: outcomes.forest(results),
         )  # fmt: skip
         drawn.insert(0, _drawn(forest))
-    n_seeds = min((len(arm.runs) for arm in there), default=0)
+    few = seed_warnings(extension.claims, min((len(arm.runs) for arm in there), default=0))
     return Study(
         exp=exp,
         arms=every,
@@ -155,15 +173,18 @@ def study(exp: str, runs: Sequence[RunView], extension: Extension) -> Study:
         blocks=blocks(results, every),
         figures=drawn,
         tables=tables,
-        warnings=seed_warnings(extension.claims, n_seeds),
+        warnings=[*sorted({r.gate for r in runs if r.gate}), *few],
         provenance=provenance(runs, extension.claims, extension.folder),
         metrics=_metrics(runs),
+        subject=subject,
     )
 
 
 def _drawn(figure: Figure) -> Drawn:
     try:
-        return Drawn(figure.name, figure.title, figure.caption, canvas.png(figure))
+        image = canvas.png(figure)
+        fragment = Markup() if figure.page is None else figure.page()
+        return Drawn(figure.name, figure.title, figure.caption, image, fragment=fragment)
     except UndefinedError as error:
         return Drawn(figure.name, figure.title, figure.caption, b"", missing=str(error))
 
@@ -186,6 +207,8 @@ def write(title: str, studies: Sequence[Study], folder: Path) -> list[Path]:
     Returns:
         The files written, figures last.
     """
+    # a figure's name is unique in its study only
+    homes = {s.anchor: "figures" if len(studies) == 1 else f"figures/{s.anchor}" for s in studies}
     environment = Environment(
         loader=PackageLoader("allostasis.analysis"),
         autoescape=True,  # of Markdown too: what `cell` has made safe is marked so
@@ -197,17 +220,25 @@ def write(title: str, studies: Sequence[Study], folder: Path) -> list[Path]:
     environment.filters["cell"] = cell
     written: list[Path] = []
     for name in ("report.md", "report.html"):
-        text = environment.get_template(f"{name}.jinja").render(title=title, studies=studies)
+        template = environment.get_template(f"{name}.jinja")
+        text = template.render(title=title, studies=studies, homes=homes)
         path = folder / (name if name.endswith(".html") else "REPORT.md")
         write_atomically(path, lambda file, text=text: file.write_text(text, encoding="utf-8"))
         written.append(path)
-    verdicts = {s.exp: [_as_json(result) for result in s.results] for s in studies}
+    verdicts = {s.title: [_as_json(result) for result in s.results] for s in studies}
     write_json(folder / "verdicts.json", verdicts)
     written.append(folder / "verdicts.json")
-    for figure in (figure for s in studies for figure in s.figures if figure.image):
-        path = folder / figure.path
-        write_atomically(path, lambda file, figure=figure: file.write_bytes(figure.image))
-        written.append(path)
+    page = environment.get_template("page.html.jinja")
+    for study in studies:
+        home = folder / homes[study.anchor]
+        for figure in study.figures:
+            files = {".png": figure.image} if figure.image else {}
+            if figure.fragment:
+                files[".html"] = page.render(title=study.title, figure=figure).encode()
+            for ending, content in files.items():
+                path = home / f"{figure.name}{ending}"
+                write_atomically(path, lambda file, content=content: file.write_bytes(content))
+                written.append(path)
     return written
 
 
@@ -240,11 +271,13 @@ def _as_json(result: Result) -> dict[str, Any]:
             "level_refute_adjusted": result.q_refute,
         }
     for role, sample in (("units", result.treatment), ("control_units", result.control)):
-        if sample is not None:
+        if sample is not None and sample.unit == "cluster":
+            content["clusters_of"] = list(sample.run_ids)
+        elif sample is not None:
             content[role] = [
                 {"seed": seed, "run_id": run, "value": float(value), "censored": bool(late)}
                 for seed, run, value, late in zip(
-                    sample.seeds, sample.run_ids, sample.values, sample.censored, strict=True
+                    sample.units, sample.run_ids, sample.values, sample.censored, strict=True
                 )
             ]
     return content

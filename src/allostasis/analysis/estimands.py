@@ -1,4 +1,4 @@
-"""From one number a seed to an estimate, its interval and one-sided tests against any bound."""
+"""From one number a unit to an estimate, its interval and one-sided tests against any bound."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from allostasis.analysis import statistics as st
-from allostasis.analysis.aggregate import Sample
-from allostasis.analysis.claims import Claim
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.intervals import Interval
 from allostasis.analysis.text import bracket, number
@@ -50,44 +48,6 @@ def generator(claim_id: str) -> np.random.Generator:
     """A claim's own stream of randomness, so that a report is the same when it is made again."""
     digest = hashlib.sha256(f"{claim_id}:bootstrap".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
-
-
-def infer(claim: Claim, treatment: Sample, control: Sample | None = None) -> Inference:
-    """Estimate what an atom is about.
-
-    Raises:
-        UndefinedError: The units do not define it; the message is the reason.
-    """
-    assert claim.estimand is not None
-    values = treatment.values
-    if not len(values):
-        reasons = "; ".join(f"seed {s}: {r}" for s, r in treatment.undefined.items())
-        raise UndefinedError(reasons or "no finished run")
-    match claim.estimand.of:
-        case "proportion" | "unanimous":
-            return proportion(values, unanimous=claim.estimand.of == "unanimous")
-        case "median_time":
-            return median_time(values, treatment.censored)
-        case "kappa":
-            assert treatment.denominators is not None
-            return kappa(values, treatment.denominators, generator(claim.id))
-        case "log_ratio":
-            others = control.values if control is not None else np.ones_like(values)
-            return log_ratio(values / others, _bound(claim), generator(claim.id))
-        case "paired_difference":
-            assert control is not None
-            return mean(values - control.values, _bound(claim), generator(claim.id))
-        case "difference":
-            assert control is not None
-            return difference(values, control.values, generator(claim.id))
-        case "mean":
-            return mean(values, _bound(claim), generator(claim.id))
-
-
-def _bound(claim: Claim) -> float:
-    """The bound from which an effect size is told: the nearer end means nothing, so the middle."""
-    assert claim.bound is not None
-    return float(np.mean(claim.bound))
 
 
 def mean(values: np.ndarray, bound: float, rng: np.random.Generator) -> Inference:
@@ -209,14 +169,58 @@ def ratio_of_sums(
             lambda level: st.fieller(numerators, denominators, level=level),
             lambda b: st.ratio_above(numerators, denominators, b),
             lambda b: st.ratio_above(-numerators, denominators, -b),
-            sd=float((numerators - estimate * denominators).std(ddof=1) / abs(denominators.mean())),
+            sd=_spread(numerators, denominators, estimate),
         )  # fmt: skip
 
     def statistic(num: np.ndarray, den: np.ndarray, axis: int = -1) -> np.ndarray:
         return num.sum(axis=axis) / den.sum(axis=axis)
 
     boot = st.Bootstrap((numerators, denominators), statistic, rng)
-    return Inference(estimate, n, boot.interval, boot.p_above, lambda b: 1 - boot.p_above(b))
+    fieller = st.fieller(numerators, denominators)
+    return Inference(
+        estimate, n, boot.interval, boot.p_above, lambda b: 1 - boot.p_above(b),
+        sd=_spread(numerators, denominators, estimate),
+        beside={"Fieller interval": f"{fieller.level:.0%} {bracket(fieller)}"},
+    )  # fmt: skip
+
+
+def _spread(numerators: np.ndarray, denominators: np.ndarray, estimate: float) -> float:
+    """Standard deviation between units of a ratio of sums, linear in the units' deviations."""
+    off = numerators - estimate * denominators
+    return float(off.std(ddof=1) / abs(denominators.mean()))
+
+
+def log_ratio_of_sums(
+    numerators: np.ndarray, denominators: np.ndarray, rng: np.random.Generator
+) -> Inference:
+    """Natural logarithm of a ratio of sums of positive numbers; 0 where the sums are equal.
+
+    Raises:
+        UndefinedError: A sum is not positive.
+    """
+    lowest = min(numerators.sum(), denominators.sum())
+    if lowest <= 0:
+        raise UndefinedError(f"logarithm of a ratio with {lowest:.3g}, which is not positive")
+    ratio = ratio_of_sums(numerators, denominators, rng)
+    assert ratio.estimate is not None
+    sd = None if ratio.sd is None else ratio.sd / ratio.estimate
+    return replace(
+        ratio,
+        estimate=float(np.log(ratio.estimate)),
+        interval=lambda level: logarithm(ratio.interval(level)),
+        above=lambda bound: ratio.above(float(np.exp(bound))),
+        below=lambda bound: ratio.below(float(np.exp(bound))),
+        sd=sd,
+    )
+
+
+def logarithm(interval: Interval) -> Interval:
+    """An interval on the scale of the natural logarithm; open where an end is not positive."""
+    low, high = (
+        None if end is None or end <= 0 else float(np.log(end))
+        for end in (interval.low, interval.high)
+    )
+    return replace(interval, low=low, high=high, method=f"{interval.method}, logarithm taken")
 
 
 def _untestable(estimate: float, values: np.ndarray) -> Inference | None:

@@ -54,6 +54,11 @@ def adjusted(
     return levels
 
 
+def units_of(claim: Claim) -> str:
+    """What a claim's units are, in the plural."""
+    return "seeds" if claim.estimand is None else f"{claim.estimand.unit}s"
+
+
 def seeds_needed(claim: Claim, family_size: int) -> int:
     """Least units with which an atom's test can support it at its level in its family.
 
@@ -84,7 +89,8 @@ def seed_warnings(claims: Sequence[Claim], n_seeds: int) -> list[str]:
         []
     """
     sizes = family_sizes(claims)
-    needed = {c.id: seeds_needed(c, sizes[c.family]) for c in claims if not c.all_of}
+    counted = [claim for claim in claims if not claim.all_of and units_of(claim) == "seeds"]
+    needed = {claim.id: seeds_needed(claim, sizes[claim.family]) for claim in counted}
     return [
         f"{name} needs at least {least} seeds to be supported; there are {n_seeds}"
         for name, least in needed.items()

@@ -10,6 +10,7 @@ from scipy import stats
 
 EXACT = 1_000_000  # relabellings up to which a permutation test is exact
 RANDOM = 99_999
+BATCH = 4_000_000  # numbers that a batch of relabellings holds at once
 
 
 def t_above(values: np.ndarray, bound: float) -> float:
@@ -68,6 +69,7 @@ def sign_flip(values: np.ndarray, bound: float, generator: np.random.Generator) 
     test = stats.permutation_test(
         (values - bound,), lambda x, axis: x.mean(axis=axis), permutation_type="samples",
         vectorized=True, n_resamples=_resamples(2 ** len(values)), rng=generator,
+        batch=max(1, BATCH // len(values)),
     )  # fmt: skip
     return float(test.pvalue)
 

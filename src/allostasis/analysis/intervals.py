@@ -196,6 +196,44 @@ class Bootstrap:
         return float(stats.norm.cdf(z / (1 + acceleration * z) - bias))
 
 
+def nested_interval(
+    numerators: np.ndarray,
+    denominators: np.ndarray,
+    groups: np.ndarray,
+    generator: np.random.Generator,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """Percentile bootstrap of a ratio of sums on two levels: groups, then units in each group.
+
+    Args:
+        numerators: One a unit.
+        denominators: One a unit; the number of its prompts where the ratio is a mean.
+        groups: The group of each unit; with few of them the interval is too narrow.
+        generator: Where randomness comes from.
+        level: Nominal coverage.
+        resamples: How many.
+
+    Source:
+        Davison & Hinkley (1997), Bootstrap Methods and their Application, 3.8.
+    """
+    names = np.unique(groups)
+    members = [np.flatnonzero(groups == name) for name in names]
+    chosen = generator.integers(len(names), size=(resamples, len(names)))
+    sums = np.zeros((2, resamples))
+    for index, units in enumerate(members):
+        # how often each unit of this group is drawn: the group's draws, each of its own size
+        counts = generator.multinomial(
+            (chosen == index).sum(axis=1) * len(units), np.full(len(units), 1 / len(units))
+        )
+        sums += counts.dot(np.stack([numerators[units], denominators[units]], axis=1)).T
+    low, high = np.quantile(sums[0] / sums[1], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(
+        float(low), float(high), level, f"groups and units resampled, {resamples} resamples"
+    )
+
+
 def _check_spread(values: np.ndarray) -> None:
     if len(values) < 2:
         raise UndefinedError("one unit has no interval")

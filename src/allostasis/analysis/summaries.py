@@ -1,8 +1,9 @@
-"""One number a run: what a claim can name as its `summary`.
+"""One number a run, or a prompt: what a claim can name as its `summary`.
 
 A claim writes `final`, `at_step(t_mem)` or `log_change(t_low, t_high)`; the name is the function's
 here (a dot is an underscore), the words in brackets are its last arguments. A function whose first
-parameter is `curve` reads the metric that the claim selects; the others read the run. Events are
+parameter is `curve` reads the metric that the claim selects, those whose first is `run` read the
+run, and those of `analysis.prompts` read its single prompts. Events are
 those of run.json's summary (`t_mem`, `t_clean`, `t_grok`, `t_loss`) and `t_low`, `t_high`: where
 test accuracy passes 15 % and 85 %. Every function returns a float, a `Time` or a pair for a ratio,
 and raises `UndefinedError` with the reason where the run has none.
@@ -14,14 +15,20 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from allostasis.analysis.curves import Curve, RunView, UndefinedError
+from allostasis.analysis import prompts
+from allostasis.analysis.curves import TABLES, Curve, RunView, Table, UndefinedError
 from allostasis.analysis.surrogates import rank_correlation
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 FINAL_SHARE = 0.05  # of the steps, at the end
-READ = ("curve", "run")  # parameters that the records fill; a claim's words fill the others
+# parameters that the records fill; a claim's words fill the others
+READ = ("curve", "run", *TABLES)
 
 
 @dataclass(frozen=True)
@@ -184,11 +191,11 @@ class Summary:
     """A claim's summary, parsed.
 
     Attributes:
-        function: The function of this module that it names.
+        function: The function of this module, or of `prompts`, that it names.
         arguments: The words in its brackets.
     """
 
-    function: Callable[..., float | Time | tuple[float, float]]
+    function: Callable[..., Any]
     arguments: tuple[str, ...]
 
     @property
@@ -196,17 +203,33 @@ class Summary:
         """Whether it needs a metric to be selected."""
         return "curve" in inspect.signature(self.function).parameters
 
+    @property
+    def prompts(self) -> Table | None:
+        """The table of single prompts that it reads, or None where it reads the run."""
+        first = next(iter(inspect.signature(self.function).parameters))
+        return next((table for table in TABLES if table == first), None)
+
     def __call__(self, run: RunView, curve: Curve | None) -> float | Time | tuple[float, float]:
         """Reduce one run."""
         given = {"curve": curve, "run": run}
         parameters = inspect.signature(self.function).parameters
         return self.function(*(given[p] for p in parameters if p in READ), *self.arguments)
 
+    def of_prompts(self, rows: pd.DataFrame) -> prompts.Column | prompts.Pair:
+        """Reduce each prompt."""
+        return self.function(rows, *self.arguments)
 
-def names() -> list[str]:
-    """Every summary that a claim can name: this module's functions of a curve or a run."""
-    functions = ((n, f) for n, f in globals().items() if inspect.isfunction(f))
-    return [n for n, f in functions if next(iter(inspect.signature(f).parameters), "") in READ]
+
+def functions() -> dict[str, Callable[..., Any]]:
+    """Every summary that a claim can name: the functions here of a curve or a run, and `prompts`'.
+
+    Example:
+        >>> "final" in functions() and "total_effect" in functions()
+        True
+    """
+    known = {**globals(), **vars(prompts)}
+    found = ((name, f) for name, f in known.items() if inspect.isfunction(f))
+    return {n: f for n, f in found if next(iter(inspect.signature(f).parameters), "") in READ}
 
 
 def parse(text: str) -> Summary:
@@ -224,9 +247,10 @@ def parse(text: str) -> Summary:
     if match is None:
         raise ValueError(f"summary '{text}' is not written name or name(word, word)")
     name, words = match[1].replace(".", "_"), match[2]
-    if name not in names():
-        raise ValueError(f"no summary is called '{match[1]}'; there are {', '.join(names())}")
-    function = globals()[name]
+    known = functions()
+    if name not in known:
+        raise ValueError(f"no summary is called '{match[1]}'; there are {', '.join(known)}")
+    function = known[name]
     arguments = () if words is None else tuple(word.strip() for word in words.split(","))
     wanted = [p for p in inspect.signature(function).parameters if p not in READ]
     if len(arguments) != len(wanted):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Literal
 
+from allostasis.analysis import clusters
 from allostasis.analysis import statistics as st
 from allostasis.analysis.aggregate import (
     Arm,
@@ -20,9 +21,10 @@ from allostasis.analysis.aggregate import (
 )
 from allostasis.analysis.claims import Claim, freeze
 from allostasis.analysis.curves import UndefinedError
-from allostasis.analysis.estimands import Inference, generator, infer
-from allostasis.analysis.families import adjusted, family_sizes, seeds_needed
+from allostasis.analysis.estimands import Inference, generator
+from allostasis.analysis.families import adjusted, family_sizes, seeds_needed, units_of
 from allostasis.analysis.intervals import Interval
+from allostasis.analysis.measures import measure
 from allostasis.analysis.text import leveled
 
 Word = Literal["supported", "refuted", "equivalent", "undecided"]
@@ -54,7 +56,7 @@ class Result:
         claim: The claim.
         hash: sha256 of the claim as it stands now.
         verdict: The verdict.
-        treatment: One number a seed; None where nothing could be read.
+        treatment: One number a unit; None where nothing could be read.
         control: The same of the control arm.
         inference: The estimate; None where it is undefined.
         interval: At 1 - alpha.
@@ -149,6 +151,7 @@ def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
     q_support = adjusted(claims, {k: _q(r, "p_support") for k, r in measured.items()}, max)
     q_refute = adjusted(claims, {k: _q(r, "p_refute") for k, r in measured.items()}, min)
     sizes = family_sizes(claims)
+    gate = _gate(arms)
     results: dict[str, Result] = {}
     for claim in claims:
         if claim.all_of:
@@ -166,8 +169,36 @@ def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
         result = replace(result, family_size=sizes[claim.family])
         if result.verdict.word == "undecided" and result.inference is not None:
             result = replace(result, seeds_for_power=_seeds_for_power(result))
-        results[claim.id] = _conditional(result, results)
-    return list(results.values())
+        result = _conditional(result, results)
+        results[claim.id] = replace(result, verdict=Verdict("undecided", gate)) if gate else result
+    return [_scoped(result) for result in results.values()]
+
+
+def _gate(arms: Sequence[Arm]) -> str:
+    """Why nothing may be decided, with the seeds that say so; empty where nothing says it."""
+    refused = [run for arm in arms for run in arm.runs if run.gate]
+    if not refused:
+        return ""
+    seeds = ", ".join(map(str, sorted({run.seed for run in refused})))
+    return f"{refused[0].gate} (seeds: {seeds})"
+
+
+def _scoped(result: Result) -> Result:
+    """Say of a verdict from prompts that it is about one model on one task."""
+    sample = _sample_of_prompts(result)
+    if sample is None:
+        return result
+    run = sample.arm.runs[0]
+    reason = f"{result.verdict.reason}; for {run.title} on {run.task} only"
+    return replace(result, verdict=replace(result.verdict, reason=reason))
+
+
+def _sample_of_prompts(result: Result) -> Sample | None:
+    """The clusters that a result, or an atom of it, was measured on; None where there are none."""
+    if result.inference is not None and result.treatment is not None:
+        return result.treatment if result.treatment.unit == "cluster" else None
+    found = (_sample_of_prompts(atom) for atom in result.atoms)
+    return next((sample for sample in found if sample is not None), None)
 
 
 def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
@@ -177,7 +208,7 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
     unlike = ""
     try:
         arm, unlike = shown(arms, claim.arms.treatment, claim.settings)
-        treatment, control, used = summarise(claim, arm), None, [arm]
+        treatments, control, used = _units(claim, arm), None, [arm]
         if claim.arms.control is not None:
             same_device = [other for other in arms if other.device == arm.device]
             other, also_unlike = shown(same_device, claim.arms.control, claim.settings)
@@ -185,30 +216,40 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
             control, unlike = summarise(claim, other), unlike or also_unlike
             used.append(other)
             if claim.estimand is not None and claim.estimand.of != "difference":
-                treatment, control = pair(treatment, control)
+                treatment, control = pair(treatments[""], control)
+                treatments = {"": treatment}
         changed = _changed(claim, digest, used)
-        result = replace(
-            result, treatment=treatment, control=control, changed=changed, unlike=unlike
-        )
+        first = next(iter(treatments.values()))
+        result = replace(result, treatment=first, control=control, changed=changed, unlike=unlike)
         for side in used:
-            if side.is_inert():
+            if first.unit == "seed" and side.is_inert():
                 raise UndefinedError(
                     f"seeds_inert: all {len(side.runs)} seeds of {side.name} gave the same "
                     "readings, so they count as one"
                 )
-        inference = infer(claim, treatment, control)
+        measured = measure(claim, treatments, control)
     except UndefinedError as error:
         reason = f"{UNLIKE}: {unlike}" if unlike else str(error)
         return replace(result, verdict=Verdict("undecided", reason))
-    p_support, p_refute = (None, None) if unlike or inference.untestable else _p(claim, inference)
+    inference = measured.inference
+    is_tested = not unlike and not inference.untestable
     return replace(
         result,
+        treatment=measured.treatment,
         inference=inference,
         interval=_interval(inference, 1 - claim.alpha),
         inner=_interval(inference, 1 - 2 * claim.alpha),
-        p_support=p_support,
-        p_refute=p_refute,
+        p_support=measured.p_support if is_tested else None,
+        p_refute=measured.p_refute if is_tested else None,
     )
+
+
+def _units(claim: Claim, arm: Arm) -> dict[str, Sample]:
+    """What a claim's units are reduced to: one sample, or one a depth, by name."""
+    assert claim.estimand is not None
+    if claim.estimand.unit == "cluster":
+        return clusters.samples(claim, arm)
+    return {"": summarise(claim, arm)}
 
 
 def _interval(inference: Inference, level: float) -> Interval | None:
@@ -216,23 +257,6 @@ def _interval(inference: Inference, level: float) -> Interval | None:
         return inference.interval(level)
     except UndefinedError:
         return None
-
-
-def _p(claim: Claim, inference: Inference) -> tuple[float, float]:
-    """One-sided p-values for and against a claim."""
-    match claim.direction, claim.bound:
-        case "greater", float(bound):
-            return inference.above(bound), inference.below(bound)
-        case "less", float(bound):
-            return inference.below(bound), inference.above(bound)
-        case "inside", (low, high):
-            inside = max(inference.above(low), inference.below(high))
-            return inside, min(inference.below(low), inference.above(high))
-        case "outside", (low, high):
-            inside = max(inference.above(low), inference.below(high))
-            return min(inference.below(low), inference.above(high)), inside
-        case _:
-            raise AssertionError(f"{claim.id}: the schema admits no such bound")
 
 
 def _q(result: Result, which: Literal["p_support", "p_refute"]) -> float:
@@ -255,7 +279,7 @@ def _decide(result: Result) -> Verdict:
     if result.unlike:
         return Verdict("undecided", f"{UNLIKE}: {result.unlike}")
     if inference.n < claim.min_seeds:
-        return Verdict("undecided", f"{inference.n} of {claim.min_seeds} seeds")
+        return Verdict("undecided", f"{inference.n} of {claim.min_seeds} {units_of(claim)}")
     if inference.untestable:
         return Verdict("undecided", inference.untestable)
     verdict = rule(
@@ -266,7 +290,7 @@ def _decide(result: Result) -> Verdict:
         inner=result.inner,
     )
     if verdict.word == "undecided" and inference.n < result.seeds_needed:
-        reason = f"{inference.n} seeds cannot reach the level in its family"
+        reason = f"{inference.n} {units_of(claim)} cannot reach the level in its family"
         return Verdict("undecided", f"{reason}, {result.seeds_needed} can")
     return verdict
 

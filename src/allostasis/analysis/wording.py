@@ -6,28 +6,39 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from allostasis.analysis import summaries
 from allostasis.analysis.aggregate import Arm, Sample
-from allostasis.analysis.claims import Claim
+from allostasis.analysis.claims import Claim, Select
+from allostasis.analysis.families import units_of
 from allostasis.analysis.text import bracket, number
 from allostasis.analysis.verdicts import CHANGED, Result
 
 OF = {
-    "mean": "mean over seeds of",
-    "difference": "difference of means over seeds of",
+    "mean": "mean over {units} of",
+    "difference": "difference of means over {units} of",
     "paired_difference": "mean difference, paired by seed, of",
-    "log_ratio": "geometric mean over seeds of",
-    "proportion": "share of seeds with",
-    "unanimous": "share of seeds (all needed) with",
-    "median_time": "median over seeds of",
-    "kappa": "ratio of sums over seeds (kappa) of",
+    "log_ratio": "geometric mean over {units} of",
+    "proportion": "share of {units} with",
+    "unanimous": "share of {units} (all needed) with",
+    "median_time": "median over {units} of",
+    "kappa": "ratio of sums over {units} (kappa) of",
+    "ratio_of_sums": "ratio of sums over {units} of",
+    "log_ratio_of_sums": "logarithm of the ratio of sums over {units} of",
 }
 TESTS = {
     "t": "one-sided t tests",
     "tost": "two one-sided t tests (TOST)",
     "binomial": "exact binomial tests",
 }
-TESTS_OF = {"median_time": "sign tests of the median", "kappa": "the tests that Fieller inverts"}
+FIELLER = "the tests that Fieller inverts"
+TESTS_OF = {
+    "median_time": "sign tests of the median",
+    "kappa": FIELLER,
+    "ratio_of_sums": FIELLER,
+    "log_ratio_of_sums": FIELLER,
+}
 
 
 @dataclass(frozen=True)
@@ -47,15 +58,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Strip:
-    """Values by seed on a line, with the bound.
+    """Values of units on a line, with the bound.
 
     Attributes:
         points: Place in [0, 1], label, whether censored.
         bounds: Places of the bounds.
+        unit: What has a point each.
     """
 
     points: tuple[tuple[float, str, bool], ...]
     bounds: tuple[float, ...]
+    unit: str
 
 
 def blocks(results: Sequence[Result], arms: Sequence[Arm]) -> list[Block]:
@@ -90,7 +103,7 @@ def claimed(claim: Claim) -> str:
     assert claim.estimand is not None
     assert claim.arms is not None
     estimand = claim.estimand
-    metric = "" if claim.select is None else f" of {claim.select.metric}"
+    metric = "" if claim.select is None else _selected(claim.select)
     split = "" if estimand.split is None or claim.select is None else f" ({estimand.split})"
     arms = claim.arms.treatment
     if claim.arms.control is not None:
@@ -101,12 +114,29 @@ def claimed(claim: Claim) -> str:
         claim.direction or "", claim.direction
     )
     settings = ", ".join(f"{key}={value}" for key, value in claim.settings.items())
+    of, units = OF[estimand.of].format(units=units_of(claim)), units_of(claim)
+    refuted = "" if claim.refuted_at is None else f", refuted beyond {number(claim.refuted_at)}"
     return (
-        f"{OF[estimand.of]} {estimand.summary}{metric}{split} in {arms}: {where} {written}"
+        f"{of} {estimand.summary}{metric}{split} in {arms}: {where} {written}{refuted}"
         + (f", differences under {number(claim.negligible)} negligible" if claim.negligible else "")
-        + f"; level {claim.alpha:g}, at least {claim.min_seeds} seeds"
+        + f"; level {claim.alpha:g}, at least {claim.min_seeds} {units}"
         + (f"; at {settings}" if settings else "")
     )
+
+
+def _selected(select: Select) -> str:
+    """Which curve, or which intervention at which depth, a claim reads."""
+    if select.metric is not None:
+        return f" of {select.metric}"
+    heads = {
+        "all": "all chosen heads", "single": "each chosen head", "pair": "each pair of them",
+        "random": "random sets of heads", "published": "the published heads",
+    }  # fmt: skip
+    words = [] if select.ablation is None else [f"{select.ablation} ablation of"]
+    words += [heads[select.set]] if select.set is not None else []
+    words += [select.intervention] if select.intervention is not None else []
+    where = {None: "", "late": ", at every late depth"}.get(select.depth, f", depth {select.depth}")
+    return f", {' '.join(words)}{where},"
 
 
 def definition(claim: Claim) -> str:
@@ -117,7 +147,7 @@ def definition(claim: Claim) -> str:
 
 
 def _measured(result: Result) -> list[tuple[str, str]]:
-    claim, inference = result.claim, result.inference
+    claim, inference, units = result.claim, result.inference, units_of(result.claim)
     assert claim.estimand is not None
     lines: list[tuple[str, str]] = []
     if inference is not None:
@@ -131,6 +161,8 @@ def _measured(result: Result) -> list[tuple[str, str]]:
             lines.append((role, _units(sample)))
     if inference is not None and result.p_support is not None:
         test = TESTS_OF.get(claim.estimand.of, TESTS[claim.test or "t"])
+        if result.interval is not None and result.interval.method.startswith("BCa"):
+            test = "the tests that the BCa bootstrap inverts"
         scale = "support as it is, against doubled" if claim.direction == "inside" else "doubled"
         lines.append((
             "test",
@@ -143,31 +175,33 @@ def _measured(result: Result) -> list[tuple[str, str]]:
             lines.append((
                 "effect size",
                 f"g = {number(g.g)} {bracket(g.interval)} ({g.interval.method}), "
-                f"d = {number(g.d)}; distance from the bound in SD between seeds",
+                f"d = {number(g.d)}; distance from the bound in SD between {units}",
             ))
         lines += inference.beside.items()
         if result.seeds_needed is not None and inference.n < result.seeds_needed:
             lines.append((
-                "minimum seeds",
-                f"{result.seeds_needed} seeds are the least that could support it; "
+                f"minimum {units}",
+                f"{result.seeds_needed} {units} are the least that could support it; "
                 f"there are {inference.n}",
             ))
         if result.seeds_for_power is not None:
             lines.append((
-                "seeds for 0.8 power",
+                f"{units} for 0.8 power",
                 f"{result.seeds_for_power} at the registered effect and the observed spread",
             ))
     return lines
 
 
 def _units(sample: Sample) -> str:
-    n, censored = len(sample.seeds), int(sample.censored.sum())
+    if sample.unit == "cluster":
+        return _clusters(sample)
+    n, censored = len(sample.units), int(sample.censored.sum())
     values = ", ".join(
         f"{seed}: {'> ' if late else ''}{number(value)}"
-        for seed, value, late in zip(sample.seeds, sample.values, sample.censored, strict=True)
+        for seed, value, late in zip(sample.units, sample.values, sample.censored, strict=True)
     )
     if sample.denominators is not None:
-        pairs = zip(sample.seeds, sample.values, sample.denominators, strict=True)
+        pairs = zip(sample.units, sample.values, sample.denominators, strict=True)
         values = ", ".join(f"{seed}: {number(a)} / {number(b)}" for seed, a, b in pairs)
     text = f"{n} seeds of {sample.arm.name}, a unit is one seed (one model)"
     text += f"; {censored} censored" if censored else ""
@@ -175,6 +209,22 @@ def _units(sample: Sample) -> str:
     reasons = [f"seed {seed}: {reason}" for seed, reason in sample.undefined.items()]
     reasons += list(sample.arm.left_out.values())
     return f"{text}; left out: {'; '.join(reasons)}" if reasons else text
+
+
+def _clusters(sample: Sample) -> str:
+    run = sample.arm.runs[0]
+    seeds = ", ".join(map(str, sample.arm.seeds))
+    text = (
+        f"{len(sample.units)} clusters of {sample.arm.name}, a unit is one cluster of prompts "
+        f"(template and pair of names) of one model, {run.title}; "
+        f"{sample.n_prompts} prompts of seeds {seeds}"
+    )
+    left_out = [f"{sample.n_left_out} prompts without a value"] if sample.n_left_out else []
+    left_out += list(sample.arm.left_out.values())
+    if sample.denominators is None:
+        ends = [number(float(q)) for q in np.quantile(sample.values, (0, 0.25, 0.5, 0.75, 1))]
+        text += f"; by cluster: least {ends[0]}, quartiles {', '.join(ends[1:4])}, most {ends[4]}"
+    return f"{text}; left out: {'; '.join(left_out)}" if left_out else text
 
 
 def _confounds(claim: Claim, arms: Sequence[Arm]) -> list[str]:
@@ -192,9 +242,9 @@ def _confounds(claim: Claim, arms: Sequence[Arm]) -> list[str]:
 
 
 def _parametrisation(result: Result) -> list[tuple[str, str]]:
-    if result.claim.select is None or result.treatment is None or not result.treatment.arm.runs:
+    metric = None if result.claim.select is None else result.claim.select.metric
+    if metric is None or result.treatment is None or not result.treatment.arm.runs:
         return []
-    metric = result.claim.select.metric
     about = (result.treatment.arm.runs[0].run.get("metrics") or {}).get(
         metric.partition(".")[0], {}
     )
@@ -206,8 +256,7 @@ def _parametrisation(result: Result) -> list[tuple[str, str]]:
 
 def _beside(result: Result, by_id: Mapping[str, Result]) -> list[tuple[str, str]]:
     """The source's own number beside its corrected twin's, where a claim has one."""
-    base = result.claim.id.partition(".")[0]
-    siblings = [r for r in by_id.values() if r.claim.id.partition(".")[0] == base]
+    siblings = [r for r in by_id.values() if _stem(r.claim) == _stem(result.claim)]
     if result.claim.all_of or all(r.claim.status != "corrected" for r in siblings):
         return []
     words = [
@@ -218,15 +267,21 @@ def _beside(result: Result, by_id: Mapping[str, Result]) -> list[tuple[str, str]
     return [("beside it", "; ".join(words))] if words else []
 
 
+def _stem(claim: Claim) -> str:
+    """What a claim shares with its twins: C2 of C2.c.scale, ioi.delta of ioi.delta.relative."""
+    first, *rest = claim.id.split(".")
+    return ".".join([first, *rest[:1]]) if first.islower() else first
+
+
 def _strip(result: Result) -> Strip | None:
     sample, bound = result.treatment, result.claim.bound
-    if sample is None or bound is None or not sample.seeds or sample.denominators is not None:
+    if sample is None or bound is None or not sample.units or sample.denominators is not None:
         return None
     bounds = bound if isinstance(bound, tuple) else (bound,)
     low, high = min(*sample.values, *bounds), max(*sample.values, *bounds)
     span = high - low or 1.0
     points = tuple(
-        (float((value - low) / span), f"seed {seed}: {number(value)}", bool(late))
-        for seed, value, late in zip(sample.seeds, sample.values, sample.censored, strict=True)
+        (float((value - low) / span), f"{sample.unit} {unit}: {number(value)}", bool(late))
+        for unit, value, late in zip(sample.units, sample.values, sample.censored, strict=True)
     )
-    return Strip(points, tuple(float((b - low) / span) for b in bounds))
+    return Strip(points, tuple(float((b - low) / span) for b in bounds), sample.unit)

@@ -1,4 +1,4 @@
-"""Writes what an experiment that trains nothing gives: whole tables, at the end of its test step."""
+"""Writes what an experiment that trains nothing gives: whole tables, after its test step."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ STEP = 0
 
 
 class Tables(Callback):
-    """Writes `outputs["tables"]` of a test step: data frames by file name, without the run's columns.
+    """Writes `outputs["tables"]` of a test step: data frames by file name.
 
     `metrics` gets the columns of metrics.parquet and those that say which intervention a row is of;
-    every other table keeps its own. What an experiment needs to go on after an interruption it
-    keeps below `workspace`, which is set before the test and removed when the run is done.
+    every other table keeps its own, in single precision. What an experiment needs to go on after an
+    interruption it keeps below `workspace`, which is set before the test and removed when the run
+    is done.
 
     Args:
         folder: The run's folder.
@@ -49,7 +50,9 @@ class Tables(Callback):
                 frame = frame.assign(step=STEP).reindex(columns=UNITS_SCHEMA.names)
                 table = pa.Table.from_pandas(frame, schema=UNITS_SCHEMA, preserve_index=False)
             else:
-                table = pa.Table.from_pandas(_leading(frame), preserve_index=False)
+                single = dict.fromkeys(frame.select_dtypes("float64"), "float32")
+                frame = _leading(frame.astype(single))
+                table = pa.Table.from_pandas(frame, preserve_index=False)
             write_table(self.folder / f"{name}.parquet", table, table.schema, nullable=True)
         now = [{"run_id": self.identity.run_id, "step": STEP, "time": time.time()}]
         write_table(self.folder / "times.parquet", now, TIMES_SCHEMA)

@@ -1,1 +1,1 @@
-"""How many interventions or runs become one fast computation; exact, with slow oracles in the tests."""
+"""How many interventions or runs become one fast computation; exact, with slow oracles."""

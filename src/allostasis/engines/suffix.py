@@ -10,8 +10,10 @@ computed. Nothing is approximated; the oracle is TransformerLens, one unit and o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -154,7 +156,7 @@ def sweep(
                 if parts is not None:
                     parts.write(number, layer, these, found)
             for name in names:
-                values[name][np.ix_(chosen, group.rows)] = found[name]
+                values[name][np.array(chosen)[:, None], group.rows] = found[name]
             done += len(chosen)
             if progress is not None:
                 progress(done, len(units) * len(groups))

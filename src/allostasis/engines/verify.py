@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from allostasis.engines.prompts import Prompt, Rows
@@ -188,7 +188,9 @@ def _noise(
     worst = max(abs(row["effect_main"] - row["effect_check"]) for row in compared)
     return {
         "max_abs_diff_effect": worst,
-        "spearman": float(spearmanr(mean["main"], mean["check"]).statistic),
+        "spearman": float(
+            pd.Series(mean["main"]).corr(pd.Series(mean["check"]), method="spearman")
+        ),
         "top_overlap": len(top["main"] & top["check"]) / len(top["main"]),
         "below_noise": [
             unit.key

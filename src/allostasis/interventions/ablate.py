@@ -25,7 +25,7 @@ class Unit:
     Attributes:
         members: (layer, head) pairs at site `z`; one (layer, None) at every other site.
         site: `z`, a head's output before W_O; `attn_out` and `mlp_out`, what a sublayer adds to the
-            stream; `resid_pre`, `resid_mid`, `resid_post`, the stream before, within, after a block.
+            stream; `resid_pre`, `resid_mid`, `resid_post`, the stream around and within a block.
         op: `scale` multiplies by `scale`; the others put another value there: the `mean` over a
             reference set, a donor's (`resample`), or the other run's of a pair (`patch`).
         scale: Factor of `scale`; 0 is zero ablation, 1 changes nothing.
@@ -56,10 +56,8 @@ class Unit:
             raise ValueError(
                 f"site {self.site} has no heads and takes one (layer, None); got {self.members}"
             )
-        if (self.op == "resample") != (self.donor is not None):
-            raise ValueError(
-                f"op {self.op} with donor={self.donor}: resample, and only it, has one"
-            )
+        if self.op != "resample" and self.donor is not None:
+            raise ValueError(f"op {self.op} with donor={self.donor}: only resample has donors")
 
     @property
     def layer(self) -> int:

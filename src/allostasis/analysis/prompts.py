@@ -1,0 +1,96 @@
+"""One number a prompt, or a pair for a ratio: what a claim with `unit: cluster` can be about.
+
+A function whose first parameter is `examples` reads rows of examples.parquet, one whose first is
+`depths` reads rows of depths.parquet: one a prompt and intervention, at one depth. It returns a
+column, or two, the numerator and the denominator of a ratio of sums; a prompt that has no value is
+NaN and is left out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from allostasis.analysis.curves import UndefinedError
+
+Column = np.ndarray
+Pair = tuple[np.ndarray, np.ndarray]
+
+REPAIRERS = ("routing", "content", "mlps", "scale")
+"""The players of the Shapley attribution that can repair: all but the heads' own write."""
+
+
+def total_effect(examples: pd.DataFrame) -> Column:
+    """Change of the logit difference, intervened minus clean; below 0: the heads helped."""
+    return column(examples, "te")
+
+
+def effect_over_clean(examples: pd.DataFrame) -> Pair:
+    """Change of the logit difference as a share of the clean one; -1: all of it is lost."""
+    return column(examples, "te"), column(examples, "ld_clean")
+
+
+def self_repair(examples: pd.DataFrame) -> Pair:
+    """Self-repair as a share of the lost direct effect: 0 nothing, 1 all of it is made up for.
+
+    (total effect + drop) / drop, summed over prompts above and below, with the drop of the direct
+    effect at the clean scale of the final norm.
+    """
+    return column(examples, "sr"), column(examples, "drop")
+
+
+def amplitude_share(examples: pd.DataFrame) -> Pair:
+    """A-share of the repair: what the final norm's scale adds, among all that others add.
+
+    phi_scale / R with R = phi_routing + phi_content + phi_mlps + phi_scale, Shapley values of the
+    total effect, summed over prompts above and below.
+    """
+    return column(examples, "phi_scale"), repair(examples)
+
+
+def exchange_rate(examples: pd.DataFrame) -> Pair:
+    """Log amplitude lost and log alignment gained by prompts that lead before and after.
+
+    Returns:
+        (-change of log A, change of log G): numerator and denominator of kappa; NaN where the
+        margin is not positive with and without the intervention.
+    """
+    both = positive(examples)
+    lost = column(examples, "log_amplitude_clean") - column(examples, "log_amplitude")
+    gained = column(examples, "log_alignment") - column(examples, "log_alignment_clean")
+    return np.where(both, lost, np.nan), np.where(both, gained, np.nan)
+
+
+def norm_ratio(depths: pd.DataFrame, positions: str) -> Pair:
+    """Norm of the residual stream under the intervention over the clean one (C), END or all.
+
+    Its null, if nothing downstream reacts, lies below 1, and a ratio above 1 is no compensation.
+    """
+    return column(depths, f"norm_{positions}"), column(depths, f"norm_{positions}_clean")
+
+
+def norm_excess(depths: pd.DataFrame, positions: str) -> Pair:
+    """Norm under the intervention over the norm if nothing downstream reacted (C / C_null)."""
+    return column(depths, f"norm_{positions}"), column(depths, f"norm_{positions}_null")
+
+
+def column(rows: pd.DataFrame, name: str) -> Column:
+    """A column of the records.
+
+    Raises:
+        UndefinedError: The records have none of that name.
+    """
+    if name not in rows:
+        raise UndefinedError(f"{name} was not recorded")
+    return rows[name].to_numpy(np.float64)
+
+
+def repair(rows: pd.DataFrame) -> Column:
+    """All that other parts than the heads themselves add to the logit difference (R), logit."""
+    return np.sum([column(rows, f"phi_{player}") for player in REPAIRERS], axis=0)
+
+
+def positive(rows: pd.DataFrame) -> np.ndarray:
+    """Which prompts lead, by the margin over the runner-up, with and without the intervention."""
+    now, then = column(rows, "log_margin"), column(rows, "log_margin_clean")
+    return np.isfinite(now) & np.isfinite(then)
