@@ -74,8 +74,8 @@ def test_routing_is_dummy_where_no_later_layer_attends(model: LanguageModel) -> 
     """Heads of the last layer are taken out: no other attention can react."""
     effects, unit = _effects(model), Unit(members=((2, 1),))
     columns = effects.columns(unit, trace(model.decoder, effects.clean, unit))
-    np.testing.assert_allclose(columns["phi_routing"], 0, atol=1e-9)
-    np.testing.assert_allclose(columns["phi_content"], 0, atol=1e-9)
+    np.testing.assert_allclose(columns["phi_routing"], 0, atol=1e-5)
+    np.testing.assert_allclose(columns["phi_content"], 0, atol=1e-5)
 
 
 def test_null_ratio_closed_form() -> None:

@@ -18,7 +18,12 @@ from allostasis.metrics.accuracy import Accuracy
 from allostasis.metrics.alignment import Alignment, alignment, highest_alignment
 from allostasis.metrics.base import Snapshot
 from allostasis.metrics.calibration import Calibration, brier, calibration
-from allostasis.metrics.cross_entropy import CrossEntropy, cross_entropy, distribution, log_probabilities
+from allostasis.metrics.cross_entropy import (
+    CrossEntropy,
+    cross_entropy,
+    distribution,
+    log_probabilities,
+)
 from allostasis.metrics.log_margin import LogMargin
 from allostasis.metrics.logit_scale import LogitScale, logit_scale
 from allostasis.metrics.margin import Margin, answer_distance, margin, runner_up

@@ -6,7 +6,7 @@ Bars and bands are 95 % intervals over clusters of prompts. A figure that lacks 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ from allostasis.analysis.canvas import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, R
 from allostasis.analysis.clusters import late_depths
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.prompts import column, positive
-from allostasis.analysis.repair import percentile_curve, shapley_shares
+from allostasis.analysis.repair import PLAYERS, shapley_shares
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,11 +40,10 @@ def compensation(arms: Sequence[Arm]) -> Canvas:
     One colour scale in logarithms for all three panels, white where nothing changed.
     """
     groups = ablations.groups(arms, "depths")
-    null = ("norm_end_null", "norm_end_clean")
     panels = {
-        "ratio to clean, C": ("norm_end", "norm_end_clean"),
-        "null: nothing downstream reacts, C_null": null,
-        "excess, ln(C / C_null)": ("norm_end", "norm_end_null"),
+        "ratio to clean, $C$": ("norm_end", "norm_end_clean"),
+        "null: nothing downstream reacts, $C_{null}$": ("norm_end_null", "norm_end_clean"),
+        "excess, $\\ln(C / C_{null})$": ("norm_end", "norm_end_null"),
     }
     values = {
         title: np.log([ablations.ratio_by_depth(group.rows, *pair) for group in groups])
@@ -57,7 +56,7 @@ def compensation(arms: Sequence[Arm]) -> Canvas:
             3, 1, figsize=(7.6, 3 * (0.26 * len(groups) + 0.5) + 0.5), sharex=True
         )
         for axis, (title, table) in zip(axes, values.items(), strict=True):
-            mesh = axis.pcolormesh(
+            axis.pcolormesh(
                 np.arange(n_layers + 2) - 0.5, np.arange(len(groups) + 1) - 0.5, table,
                 cmap=DIVERGING, vmin=-limit, vmax=limit, edgecolors="white", linewidth=0.3,
             )  # fmt: skip
@@ -67,22 +66,26 @@ def compensation(arms: Sequence[Arm]) -> Canvas:
             axis.grid(visible=False)
             axis.tick_params(length=2)
             axis.axvline(late_depths(n_layers)[0] - 0.5, color=INK, lw=1, ls="--")
-        ratios = figure.colorbar(mesh, ax=axes[:2], label="ratio, log scale", pad=0.02, aspect=22)
+        scale = plt.cm.ScalarMappable(plt.Normalize(-limit, limit), DIVERGING)
+        ratios = figure.colorbar(scale, ax=axes[:2], label="ratio, log scale", pad=0.02, aspect=22)
         ticks = _round_ratios(limit)
         ratios.set_ticks(np.log(ticks).tolist(), labels=[f"{tick:.4g}" for tick in ticks])
-        figure.colorbar(mesh, ax=axes[2], label="nat", pad=0.02, aspect=9)
+        figure.colorbar(scale, ax=axes[2], label="nat", pad=0.02, aspect=9)
         axes[-1].set_xlabel("depth: input of block d (dashed: late depths begin)")
     return figure
 
 
 def _round_ratios(limit: float) -> np.ndarray:
-    """Ratios to label on a log scale that ends at exp(limit), on both sides of 1."""
-    step = 10.0 ** np.floor(np.log10(np.expm1(limit)))
-    steps = next(
-        s for s in (step / 2, step, 2 * step, 5 * step, 10 * step) if np.expm1(limit) / s <= 3
-    )
-    up = 1 + steps * np.arange(1, 4)
-    ticks = np.concatenate([1 / up[::-1], [1.0], up])
+    """Round ratios to label on a log scale from exp(-limit) to exp(limit), about three a side.
+
+    Example:
+        >>> _round_ratios(0.03).tolist()
+        [0.98, 0.99, 1.0, 1.01, 1.02]
+    """
+    reach = -np.expm1(-limit)
+    power = 10.0 ** np.floor(np.log10(reach))
+    step = next(power * part for part in (0.2, 0.5, 1, 2, 5) if reach < 4 * power * part)
+    ticks = np.round(1 + step * np.arange(-3, 4), 12)
     return ticks[np.abs(np.log(ticks)) <= limit]
 
 
@@ -95,10 +98,8 @@ def repair(arms: Sequence[Arm]) -> Canvas:
         )
         effects = {"total effect": "te", "drop": "drop", "self-repair": "sr"}
         for group in groups:
-            found = [_mean(group, name) for name in effects.values()]
-            _bars(left, group.ablation, found)
-            shares = {name: _share(group, part) for name, part in _shapley(group.rows).items()}
-            _bars(right, group.ablation, list(shares.values()))
+            _bars(left, group.ablation, [_mean(group, name) for name in effects.values()])
+            _bars(right, group.ablation, [_share(group, part) for part in _shapley(group.rows)])
             residual = [_share(group, part) for part in _residual(group.rows)]
             places = np.arange(3) + _offset(group.ablation)
             right.plot(
@@ -108,7 +109,7 @@ def repair(arms: Sequence[Arm]) -> Canvas:
         left.set_xticks(range(3), list(effects))
         left.set_ylabel("logit difference, logit")
         left.set_title("What is lost and made up for")
-        right.set_xticks(range(4), list(shares))
+        right.set_xticks(range(4), ["other heads", "MLPs", "norm scale", "self-repair"])
         right.set_ylabel("share of the drop, 1")
         right.set_title("Where the repair is written")
         for axis in (left, right):
@@ -132,16 +133,11 @@ def repair(arms: Sequence[Arm]) -> Canvas:
     return figure
 
 
-def _shapley(rows: pd.DataFrame) -> dict[str, Column]:
-    """Shapley's split of self-repair, and their sum."""
-    phi = {name: column(rows, name) for name in rows if str(name).startswith("phi_")}
-    parts = shapley_shares({str(k): v for k, v in phi.items()}, drop=column(rows, "drop"))
-    return {
-        "other heads": parts["heads"],
-        "MLPs": parts["mlps"],
-        "norm scale": parts["scale"],
-        "self-repair": column(rows, "sr"),
-    }
+def _shapley(rows: pd.DataFrame) -> list[Column]:
+    """Shapley's split of self-repair: other heads, MLPs, the norm's scale, and their sum."""
+    phi = {f"phi_{player}": column(rows, f"phi_{player}") for player in PLAYERS}
+    parts = shapley_shares(phi, drop=column(rows, "drop"))
+    return [parts["heads"], parts["mlps"], parts["scale"], column(rows, "sr")]
 
 
 def _residual(rows: pd.DataFrame) -> list[Column]:
@@ -172,21 +168,13 @@ def _bars(axis: Axes, ablation: str, found: Sequence[Estimate]) -> None:
 def percentiles(arms: Sequence[Arm]) -> Canvas:
     """Self-repair over drop in the prompts with the largest direct effects."""
     groups = ablations.critical(arms)
-    own = own_direct_effect(groups)
+    own = ablations.own_direct_effect(groups)
     with style() as plt:
         figure, axis = plt.subplots(figsize=(7.2, 4.0))
         for group in groups:
-            rows = group.rows.dropna(subset=["sr", "drop"])
-            curve = percentile_curve(
-                rows.set_index(["seed", "example"]).index.map(own).to_numpy(float),
-                self_repair=column(rows, "sr"),
-                drop=column(rows, "drop"),
-                clusters=rows["cluster"].astype(str).tolist(),
-                rng=np.random.default_rng(0),
-            )
-            x = np.array([point.percent for point in curve]) * 1.04 ** (
-                ABLATIONS.index(group.ablation) - 1
-            )
+            curve = ablations.by_percentile(group, own)
+            aside = 1.04 ** (ABLATIONS.index(group.ablation) - 1)
+            x = np.array([point.percent for point in curve]) * aside
             y = np.array([point.ratio for point in curve])
             has = np.array([point.interval is not None for point in curve])
             colour, marker = COLOURS[group.ablation], MARKERS[group.ablation]
@@ -195,12 +183,14 @@ def percentiles(arms: Sequence[Arm]) -> Canvas:
             axis.plot(x[~has], y[~has], marker, mfc="white", mec=colour, ms=6, zorder=3)
             for place, point in zip(x, curve, strict=True):
                 if point.interval is not None:
-                    axis.vlines(place, *_ends(point.interval), color=colour, lw=1.3, zorder=1)
-        counts = [f"{point.percent:g} %\nn = {point.n}" for point in curve]
+                    ends = point.interval.low, point.interval.high
+                    axis.plot([place, place], ends, color=colour, lw=1.3, zorder=1)
+        first = ablations.by_percentile(groups[0], own)
+        labels = [f"{point.percent:g} %\nn = {point.n}" for point in first]
         axis.set_xscale("log")
-        axis.set_xticks([point.percent for point in curve], counts, fontsize=8)
+        axis.set_xticks([point.percent for point in first], labels, fontsize=8)
         axis.minorticks_off()
-        _keep_sight(axis)
+        _keep_sight(axis, [point.ratio for point in first])
         axis.axhline(0, color=INK, lw=0.8)
         axis.set_xlabel("prompts with the largest direct effect of the ablated heads, share, %")
         axis.set_ylabel("self-repair over drop, 1")
@@ -210,25 +200,10 @@ def percentiles(arms: Sequence[Arm]) -> Canvas:
     return figure
 
 
-def own_direct_effect(groups: Sequence[Group]) -> Mapping[tuple[int, int], float]:
-    """Direct effect of the ablated heads in the clean run, by (seed, example).
-
-    What zero ablation takes away; that of the first ablation there is, where zero is not.
-    """
-    zero = next((group for group in groups if group.ablation == "zero"), groups[0])
-    return dict(zero.rows.groupby(["seed", "example"])["drop"].mean().items())  # pyright: ignore
-
-
-def _ends(interval: object) -> tuple[float, float]:
-    low, high = getattr(interval, "low", None), getattr(interval, "high", None)
-    return -np.inf if low is None else low, np.inf if high is None else high
-
-
-def _keep_sight(axis: Axes) -> None:
+def _keep_sight(axis: Axes, ratios: Sequence[float]) -> None:
     """Hold the points in view where an interval of few prompts would fill the axis."""
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
-    low, high = min(values.min(), 0.0), max(values.max(), 0.0)
-    room = 0.6 * (high - low or 1.0)
+    low, high = min(*ratios, 0.0), max(*ratios, 0.0)
+    room = 1.2 * (high - low or 1.0)
     axis.set_ylim(max(axis.get_ylim()[0], low - room), min(axis.get_ylim()[1], high + room))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ from allostasis.analysis.claims import Select
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.intervals import Interval
 from allostasis.analysis.prompts import column
+from allostasis.analysis.repair import Point, percentile_curve
 from allostasis.analysis.text import bracket, number
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ KINDS = {
 }
 """What was ablated, by condition and kind of set, in the order of figures and tables."""
 LEVEL = 0.95
+FEWEST = 5  # clusters: an interval of fewer says nothing
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,35 @@ def mean_interval(values: np.ndarray, rng: np.random.Generator) -> Interval:
     if len(values) < estimands.BOOTSTRAP_FROM or np.ptp(values) == 0:
         return st.t_interval(values, level=LEVEL)
     return st.Bootstrap((values,), np.mean, rng).interval(LEVEL)
+
+
+def own_direct_effect(groups: Sequence[Group]) -> pd.Series:
+    """Direct effect of the ablated heads in the clean run, by (seed, example).
+
+    What zero ablation takes away; that of the first ablation there is, where zero is not.
+    """
+    zero = next((group for group in groups if group.ablation == "zero"), groups[0])
+    return zero.rows.groupby(["seed", "example"])["drop"].mean()
+
+
+def by_percentile(group: Group, own: pd.Series) -> list[Point]:
+    """Self-repair over drop in the prompts with the largest direct effects.
+
+    Args:
+        group: All chosen heads, ablated together.
+        own: As `own_direct_effect` gives it.
+    """
+    rows = group.rows
+    direct = own.reindex(pd.MultiIndex.from_frame(rows[["seed", "example"]])).to_numpy(float)
+    curve = percentile_curve(
+        direct,
+        self_repair=column(rows, "sr"),
+        drop=column(rows, "drop"),
+        clusters=rows["cluster"].astype(str).tolist(),
+        rng=estimands.generator(f"percentiles of {group.name}"),
+    )
+    few = f"fewer than {FEWEST} clusters"
+    return [p if p.n_clusters >= FEWEST else replace(p, interval=None, reason=few) for p in curve]
 
 
 def logarithm(ratio: Estimate) -> Estimate:

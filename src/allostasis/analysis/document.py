@@ -160,8 +160,8 @@ def study(exp: str, runs: Sequence[RunView], extension: Extension, *, subject: s
     if extension.claims:
         forest = Figure(
             "forest", "Claims with an estimate",
-            "Grey: what is claimed. Dashed: the bound. Bar: the interval. Each row has its own "
-            "scale; verdicts are drawn alike.",
+            "Grey: what is claimed. Dashed: the bound. Dotted: where a claim is refuted, if not at "
+            "its bound. Bar: the interval. Each row has its own scale; verdicts are drawn alike.",
             lambda: outcomes.forest(results),
         )  # fmt: skip
         drawn.insert(0, _drawn(forest))

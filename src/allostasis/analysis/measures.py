@@ -54,7 +54,12 @@ def measure(
     """
     parts = {name: infer(claim, sample, control) for name, sample in treatments.items()}
     tested = {name: p_values(claim, inference) for name, inference in parts.items()}
-    weakest = max(parts, key=lambda name: (*tested[name], _shortfall(claim, parts[name])))
+
+    def against(name: str) -> tuple[float, float, float]:
+        support, refute = tested[name]
+        return support, -refute, _shortfall(claim, parts[name])
+
+    weakest = max(parts, key=against)
     inference = parts[weakest]
     if len(parts) > 1:
         every = "; ".join(f"{name} {number(part.estimate)}" for name, part in parts.items())
@@ -65,7 +70,7 @@ def measure(
         treatments[weakest],
         inference,
         max(support for support, _ in tested.values()),
-        min(1.0, len(parts) * min(against for _, against in tested.values())),
+        min(1.0, len(parts) * min(refute for _, refute in tested.values())),
     )
 
 

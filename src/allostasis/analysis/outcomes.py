@@ -147,7 +147,8 @@ def _forest_row(axis: Axes, result: Result) -> None:
     assert claim.bound is not None
     bounds = claim.bound if isinstance(claim.bound, tuple) else (claim.bound,)
     ends = [] if interval is None else [x for x in (interval.low, interval.high) if x is not None]
-    marks = np.array([*bounds, *ends, estimate])
+    beyond = [] if claim.refuted_at is None else [claim.refuted_at]
+    marks = np.array([*bounds, *beyond, *ends, estimate])
     is_ratio = claim.estimand is not None and claim.estimand.of == "log_ratio"
     if is_ratio:
         axis.set_xscale("log")
@@ -166,6 +167,8 @@ def _forest_row(axis: Axes, result: Result) -> None:
         axis.axvspan(start, end, color=PALE, lw=0, zorder=0)
     for bound in bounds:
         axis.axvline(bound, color=INK, lw=1.2, ls="--", zorder=1)
+    for level in beyond:
+        axis.axvline(level, color=INK, lw=1.2, ls=":", zorder=1)
     if interval is not None:
         left = low if interval.low is None else interval.low
         right = high if interval.high is None else interval.high

@@ -92,13 +92,16 @@ def exploratory(arms: Sequence[Arm]) -> Table:
         for key, cells in sorted(values.items())
     ]
     heads = ("metric", "split", "unit", *(f"{a.condition}: mean, 95 %, n" for a in arms))
-    return Table(
-        "Exploratory: final values",
-        heads,
-        tuple(rows),
+    note = (
         "Means of the last 5 % of steps, computed but registered by no claim: not corrected for "
-        "how many there are, and in support of nothing.",
+        "how many there are, and in support of nothing."
     )
+    if any(run.model for arm in arms for run in arm.runs):
+        note += (
+            " Of the untouched model; n counts seeds, which draw prompts, so that an interval over "
+            "them is about the prompts and not about other models."
+        )
+    return Table("Exploratory: final values", heads, tuple(rows), note)
 
 
 def _mean(values: list[float]) -> str:

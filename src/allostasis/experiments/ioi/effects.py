@@ -88,20 +88,22 @@ class Effects:
             bias = decoder.unembed_bias.double()
             constant += bias[answers.target] - bias[answers.foil]
         self.constant = constant
+        self._known: dict[int, Tensor] = {}
         self.writes = self.of(clean)
         self.readouts = self._readouts(clean)
 
     def of(self, found: Capture) -> Writes:
         """Direct effects of a pass; a norm after attention has its clean scale."""
         decoder, end = self.decoder, self.answers.end
-        heads, biases = [], torch.zeros_like(self.constant)
+        heads = [
+            torch.linalg.vecdot(end(z).double(), self._through(layer))
+            for layer, z in enumerate(found.z)
+        ]
+        biases = torch.zeros_like(self.constant)
         for layer in range(decoder.n_layers):
-            read = self._read_before_post_norm(layer)
-            through = torch.einsum("hkd,nd->nhk", decoder.W_O(layer), read)
-            heads.append(torch.linalg.vecdot(end(found.z[layer]).double(), through.double()))
             bias = decoder.out_bias(layer)
             if bias is not None:
-                biases += read.double() @ bias.double()
+                biases += self._read_before_post_norm(layer).double() @ bias.double()
         mlps = [self._along(end(write)) for write in found.mlp_write]
         return Writes(
             embed=self._along(end(found.resid_pre[0])),
@@ -111,6 +113,14 @@ class Effects:
             scale=self._scale(end(found.resid_pre[-1])),
             constant=self.constant,
         )
+
+    def _through(self, layer: int) -> Float64[Tensor, "row head d_head"]:
+        """By what a head's output counts towards the answer."""
+        if layer not in self._known:
+            read = self._read_before_post_norm(layer)
+            through = torch.einsum("hkd,nd->nhk", self.decoder.W_O(layer), read)
+            self._known[layer] = through.double()
+        return self._known[layer]
 
     def _along(self, write: Float[Tensor, "row d_model"]) -> Float64[Tensor, " row"]:
         return torch.linalg.vecdot(write.double(), self.read.double())
@@ -172,17 +182,23 @@ class Effects:
             if layer < unit.layer:
                 total += self._along(end(self.clean.attn_write[layer]))[:, None, None, None]
                 continue
-            passes = (self.clean, found)
-            own = unit.heads(layer)
+            passes, own = (self.clean, found), unit.heads(layer)
             for routing, content in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                pattern = end(passes[routing].pattern[layer].transpose(1, 2))
-                z = torch.einsum("nhk,nhkd->nhd", pattern, passes[content].value[layer])
-                for which in (0, 1):
+                if routing == content:
+                    z = end(passes[routing].z[layer]).clone()
+                else:
+                    pattern = end(passes[routing].pattern[layer].transpose(1, 2))
+                    z = torch.einsum("nhk,nhkd->nhd", pattern, passes[content].value[layer])
+                for which in (0, 1) if own else (0,):
                     z[:, own] = end(passes[which].z[layer])[:, own]
                     out = z.flatten(1) @ decoder.W_O(layer).flatten(0, 1)
                     bias = decoder.out_bias(layer)
                     out = out if bias is None else out + bias
-                    total[:, which, routing, content] += self._along(decoder.attn_write(layer, out))
+                    write = self._along(decoder.attn_write(layer, out))
+                    if own:
+                        total[:, which, routing, content] += write
+                    else:
+                        total[:, :, routing, content] += write[:, None]
         return total
 
     def _readouts(self, found: Capture) -> dict[str, np.ndarray]:
@@ -231,7 +247,7 @@ class Effects:
                 "_clean": self.clean.resid_pre[depth],
                 "_null": self.clean.resid_pre[depth] + silent,
             }
-            norms = {name: stream.double().norm(dim=-1) for name, stream in streams.items()}
+            norms = {name: stream.norm(dim=-1).double() for name, stream in streams.items()}
             row = {"depth": np.full(len(self.read), depth)}
             row |= {f"norm_end{name}": _numpy(end(norm)) for name, norm in norms.items()}
             row |= {f"norm_all{name}": _numpy(norm.mean(dim=1)) for name, norm in norms.items()}

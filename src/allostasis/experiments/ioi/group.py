@@ -49,6 +49,7 @@ class Group:
     ) -> None:
         self.decoder, self.prompts, self.references = decoder, prompts, every.references
         self.seed = seed
+        self._donors: dict[int, Capture] = {}
         self.clean = clean_trace(decoder, self._ids([prompt.ids for prompt in prompts]))
         as_tensor = {
             "last": [prompt.roles["END"] for prompt in prompts],
@@ -72,7 +73,7 @@ class Group:
         for row, form in enumerate(forms):
             at = kinds.index(form) * each
             weights[row, at : at + each] = 1 / each
-        return self.decoder.capture(self._ids(some)).mixed(weights)
+        return Capture(z=self.decoder.capture(self._ids(some)).z).mixed(weights)
 
     @cached_property
     def donors(self) -> list[list[tuple[int, ...]]]:
@@ -84,13 +85,19 @@ class Group:
             drawn.append([pool[index] for index in rng.permutation(len(pool))])
         return drawn
 
+    def donor(self, number: int) -> Capture:
+        """The heads' outputs on each prompt's donor of a number."""
+        if number not in self._donors:
+            found = self.decoder.capture(self._ids([some[number] for some in self.donors]))
+            self._donors[number] = Capture(z=found.z)  # a unit puts in nothing else
+        return self._donors[number]
+
     def source(self, unit: Unit) -> dict[str, Capture]:
         """The pass whose values a unit puts in."""
         if unit.op == "mean":
             return {"mean": self.mean}
         if unit.donor is not None and unit.source is not None:
-            ids = [some[unit.donor] for some in self.donors]
-            return {unit.source: self.decoder.capture(self._ids(ids))}
+            return {unit.source: self.donor(unit.donor)}
         return {}
 
     def follow(

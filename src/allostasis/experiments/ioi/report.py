@@ -50,15 +50,16 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "Self-repair by size of the direct effect",
             "Ratio of sums over the prompts in which the ablated heads write most towards the "
             "answer; on the right all prompts. A number for self-repair means little without its "
-            "selection. Intervals: 95 % over clusters; those that leave the figure are cut off.",
+            "selection. Intervals: 95 % over five clusters or more; those that leave the "
+            "figure are cut off.",
             partial(draw.percentiles, arms),
         ),
         Figure(
             "compensation_ratio",
             "Norm of the residual stream at END",
             "White is 1. The ratio to clean (C) has to be read beside its null, the norm if "
-            "nothing downstream reacted; the excess is the logarithm of their ratio. A ratio above 1 alone "
-            "is no sign of compensation.",
+            "nothing downstream reacted; the excess is the logarithm of their ratio. A ratio "
+            "above 1 alone is no sign of compensation.",
             partial(draw.compensation, arms),
         ),
         Figure(
@@ -95,6 +96,7 @@ def tables(arms: Sequence[Arm]) -> list[Table]:
         tabulate.baseline_table,
         tabulate.discovery_table,
         tabulate.effects_table,
+        tabulate.percentiles_table,
         tabulate.shares_table,
         tabulate.norms_table,
         tabulate.random_table,
