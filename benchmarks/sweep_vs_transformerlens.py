@@ -110,8 +110,10 @@ def main() -> int:
     medians = {side: statistics.median(taken) for side, taken in seconds.items()}
     swept = last["fp32"]
     profile = swept.profile
-    off = {side: np.abs(last[side] - swept.values["ld"][sample]).max() for side in ("usual", "fair")}
-    print(f"{len(units)} heads, {len(prompts)} prompts, {options.threads} threads, {options.device}")
+    ours_there = swept.values["ld"][sample]
+    off = {side: np.abs(last[side] - ours_there).max() for side in ("usual", "fair")}
+    where = f"{options.threads} threads, {options.device}"
+    print(f"{len(units)} heads, {len(prompts)} prompts, {where}")
     for side, value in medians.items():
         scaled = f" (from {len(sample)} heads)" if side in off else ""
         print(f"{side:6s} {value:8.1f} s   {medians['usual'] / value:5.2f}x the usual loop{scaled}")

@@ -10,11 +10,19 @@ import yaml
 from omegaconf import DictConfig
 
 CONF = Path(__file__).parents[1] / "conf"
-SHORT = {"grokking": ["module.max_steps=20"]}
+SHORT = {
+    "grokking": ["module.max_steps=20"],
+    "ioi": ["model=tiny", "model.arch=qwen2", "module.heads=['1.0','2.1']"],
+}
 ARMS = [
     (path.stem, condition)
     for path in sorted((CONF / "exp").glob("*.yaml"))
     for condition in yaml.safe_load(path.read_text())["conditions"]
+]
+TRAINED = [
+    (exp, condition)
+    for exp, condition in ARMS
+    if "fit" in yaml.safe_load((CONF / "exp" / f"{exp}.yaml").read_text())["stages"]
 ]
 
 
@@ -60,19 +68,19 @@ def test_a_short_run_leaves_complete_records(
     }  # fmt: skip
     assert facts <= content.keys()
     assert len(content["claims"]) > 0
-    assert content["checkpoints"].keys() == {"0", "20"}
+    assert content["checkpoints"].keys() == ({"0", "20"} if (exp, condition) in TRAINED else set())
     for step, digest in content["checkpoints"].items():
         weights = (folder / "checkpoints" / f"{step}.safetensors").read_bytes()
         assert digest == "sha256:" + hashlib.sha256(weights).hexdigest()
     assert {path.name for path in folder.iterdir()} >= {
         "run.json", "config.yaml", "claims.json", "metrics.parquet", "times.parquet",
-        "examples.parquet", "audit.json", "checkpoints",
+        "examples.parquet", "audit.json",
     }  # fmt: skip
     assert not (folder / "parts").exists()
     assert not (folder / "checkpoints" / "resume.ckpt").exists()
 
 
-@pytest.mark.parametrize(("exp", "condition"), ARMS)
+@pytest.mark.parametrize(("exp", "condition"), TRAINED)
 def test_tables_hold_steps_0_and_last_and_layers_from_0(
     runs: dict[tuple[str, str], Path], exp: str, condition: str
 ) -> None:
@@ -93,6 +101,9 @@ def test_the_log_format_of_the_documents_is_there(
     assert list(log) == ["metadata", "metrics", "checkpoints", "summary"]
     assert log["metadata"].keys() == {"experiment", "seed", "start_time", "git_commit"}
     assert log["metadata"]["experiment"].endswith(condition)
+    if (exp, condition) not in TRAINED:
+        assert [row["step"] for row in log["metrics"]] == [0]
+        return
     keys = {"step", "timestamp", "psi_accuracy", "A_activation", "A_param", "sigma_sq"}
     assert keys <= log["metrics"][-1].keys()
     assert log["metrics"][-1]["step"] == 20
@@ -102,9 +113,10 @@ def test_the_log_format_of_the_documents_is_there(
 def test_arms_differ_in_hash_and_final_weights(runs: dict[tuple[str, str], Path]) -> None:
     contents = [json.loads((folder / "run.json").read_text()) for folder in runs.values()]
     assert len({content["config_hash"] for content in contents}) == len(contents)
-    assert len({content["checkpoints"]["20"] for content in contents}) == len(contents)
+    trained = [content["checkpoints"] for content in contents if content["checkpoints"]]
+    assert len({weights["20"] for weights in trained}) == len(TRAINED)
     # arms of one seed start from the same weights
-    assert len({content["checkpoints"]["0"] for content in contents}) == len({e for e, _ in ARMS})
+    assert len({weights["0"] for weights in trained}) == len({exp for exp, _ in TRAINED})
 
 
 def test_no_record_holds_a_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

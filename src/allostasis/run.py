@@ -130,7 +130,7 @@ def _work(
     record = read_run(folder)
     seen = {**file.content, **facts, "wall_s": file.elapsed()}
     write_json(folder / "audit.json", audit.view(seen, record.metrics, record.times))
-    (folder / "resume.ckpt").unlink(missing_ok=True)
+    (folder / "checkpoints" / "resume.ckpt").unlink(missing_ok=True)
     shutil.rmtree(folder / "parts", ignore_errors=True)
     verified = all(gate["passed"] for gate in facts.get("gates", {}).values())
     verified = verified and facts.get("verify", {}).get("passed", True)

@@ -173,7 +173,7 @@ def ratio_of_sums(
         )  # fmt: skip
 
     def statistic(num: np.ndarray, den: np.ndarray, axis: int = -1) -> np.ndarray:
-        return num.sum(axis=axis) / den.sum(axis=axis)
+        return np.asarray(num.sum(axis=axis) / den.sum(axis=axis))
 
     boot = st.Bootstrap((numerators, denominators), statistic, rng)
     fieller = st.fieller(numerators, denominators)

@@ -74,8 +74,8 @@ class HeadMap:
         """What is known of one head, in a line."""
         value = self.values[layer, head]
         if not np.isfinite(value):
-            return f"{layer}.{head}: not measured"
-        text = f"{layer}.{head}: {number(float(value))} {self.unit}"
+            return f"head {layer}.{head}, {self.title}: not measured"
+        text = f"head {layer}.{head}, {self.title}: {number(float(value))} {self.unit}"
         low, high = self.low[layer, head], self.high[layer, head]
         if np.isfinite([low, high]).all():
             text += f", {self.interval} [{number(float(low))}, {number(float(high))}]"

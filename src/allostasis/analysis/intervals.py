@@ -12,6 +12,7 @@ from scipy import stats
 from allostasis.analysis.curves import UndefinedError
 
 RESAMPLES = 9_999
+BATCH = 4_000_000  # numbers that a batch of resamples holds at once
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Bootstrap:
         """Resampled statistics, bias z0 and acceleration a."""
         drawn = stats.bootstrap(
             self.columns, self.statistic, paired=True, n_resamples=self.resamples,
-            rng=self.generator, method="percentile",
+            rng=self.generator, method="percentile", batch=max(1, BATCH // len(self.columns[0])),
         ).bootstrap_distribution  # fmt: skip
         n = len(self.columns[0])
         left_out = np.array([

@@ -43,7 +43,7 @@ UNITS_SCHEMA = pa.schema([
     ("ci_low", pa.float64()),
     ("ci_high", pa.float64()),
 ])
-"""metrics.parquet of an experiment that intervenes: which intervention a row is of, against what."""
+"""metrics.parquet of an experiment that intervenes: which intervention a row is of."""
 EXAMPLES_SCHEMA = METRICS_SCHEMA.append(pa.field("example", pa.int64()))
 TIMES_SCHEMA = pa.schema([("run_id", pa.string()), ("step", pa.int64()), ("time", pa.float64())])
 

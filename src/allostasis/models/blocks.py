@@ -138,7 +138,8 @@ class Call:
     def joined(cls, pieces: Sequence[Call]) -> Call:
         """The arguments of a batch that was called in pieces."""
         first, n_rows = pieces[0], sum(piece.n_rows for piece in pieces)
-        args = tuple(_join(entries, pieces) for entries in zip(*(p.args for p in pieces)))
+        every = zip(*(piece.args for piece in pieces), strict=True)
+        args = tuple(_join(entries, pieces) for entries in every)
         kwargs = {k: _join([p.kwargs[k] for p in pieces], pieces) for k in first.kwargs}
         return cls(args, kwargs, n_rows)
 
@@ -146,9 +147,9 @@ class Call:
 def _join(values: Sequence[Any], pieces: Sequence[Call]) -> Any:
     first = values[0]
     if isinstance(first, tuple):
-        return tuple(_join(entries, pieces) for entries in zip(*values))
+        return tuple(_join(entries, pieces) for entries in zip(*values, strict=True))
     has_rows = isinstance(first, Tensor) and first.ndim
-    if has_rows and all(v.shape[0] == p.n_rows for v, p in zip(values, pieces)):
+    if has_rows and all(v.shape[0] == p.n_rows for v, p in zip(values, pieces, strict=True)):
         return torch.cat([*values])
     return first
 
@@ -195,7 +196,8 @@ class Capture:
         """Passes over pieces of one batch, as one over the whole."""
         if len(pieces) == 1:
             return pieces[0]
-        whole = cls(calls=[Call.joined(calls) for calls in zip(*(p.calls for p in pieces))])
+        every = zip(*(piece.calls for piece in pieces), strict=True)
+        whole = cls(calls=[Call.joined(calls) for calls in every])
         for name in STREAMS:
             layers = zip(*(getattr(piece, name) for piece in pieces), strict=True)
             getattr(whole, name).extend(torch.cat(layer) for layer in layers)

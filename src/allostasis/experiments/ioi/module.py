@@ -110,8 +110,8 @@ class IOIAudit(L.LightningModule):
         moved = float(found.values["kl"].max())
         if moved <= INERT:
             raise RuntimeError(
-                f"zeroing all heads of layer {layer} leaves the prediction as it is (KL {moved:.1e} "
-                "nat): the model's heads are not where blocks.py looks for them"
+                f"zeroing all heads of layer {layer} leaves the prediction as it is (KL "
+                f"{moved:.1e} nat): the model's heads are not where blocks.py looks for them"
             )
         return {"kl_of_a_zeroed_layer": moved}
 
