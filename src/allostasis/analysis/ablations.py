@@ -207,13 +207,17 @@ def last_depth(rows: pd.DataFrame) -> int:
 
 
 def ratio_by_depth(rows: pd.DataFrame, above: str, below: str) -> np.ndarray:
-    """Ratio of sums of two norms over prompts, by depth."""
-    sums = rows.groupby("depth")[[above, below]].sum().sort_index()
+    """Ratio of sums of two norms over prompts, at depths from 0.
+
+    Depths before the first that an intervention can reach have no rows, and a ratio of 1.
+    """
+    sums = rows.groupby("depth")[[above, below]].sum().reindex(range(last_depth(rows) + 1))
+    sums = sums.fillna(1.0)
     return column(sums, above) / column(sums, below)
 
 
-def rank_among(value: pd.Series, others: pd.Series) -> tuple[int, int]:
-    """How many random sets of the same seed lie below the chosen set; ties count half, rounded up.
+def rank_among(value: pd.Series, others: pd.Series) -> tuple[float, int]:
+    """How many random sets of the same seed lie below the chosen set; ties count half.
 
     Args:
         value: Of the chosen set, by (seed, intervention).
@@ -228,7 +232,7 @@ def rank_among(value: pd.Series, others: pd.Series) -> tuple[int, int]:
         there = others.to_numpy()[seeds == seed]
         below += float((there < own).sum() + (there == own).sum() / 2)
         count += len(there)
-    return int(np.ceil(below)), count
+    return below, count
 
 
 def head_values(
