@@ -36,6 +36,7 @@ def main() -> int:
     import numpy as np
     import torch
 
+    from allostasis.engines.budget import Budget
     from allostasis.engines.prompts import Rows
     from allostasis.engines.suffix import Precision, sweep
     from allostasis.engines.verify import verify_slice
@@ -91,7 +92,7 @@ def main() -> int:
 
     def ours(precision: Precision) -> tuple[float, object]:
         start = time.perf_counter()
-        swept = sweep(decoder, rows, units, full=False, precision=precision)
+        swept = sweep(decoder, rows, units, full=False, precision=precision, budget=budget)
         return time.perf_counter() - start, swept
 
     sides = {
@@ -100,7 +101,7 @@ def main() -> int:
         "fp32": lambda: ours("fp32"),
         "bf16": lambda: ours("bf16"),
     }
-    ours("fp32")  # chooses how much to stack, and warms up
+    budget = Budget.measured(decoder)
     seconds = defaultdict(list)
     last = {}
     for _ in range(options.rounds):

@@ -311,3 +311,21 @@ def test_peak_memory_does_not_grow_with_the_number_of_units(llama: LanguageModel
     finally:
         del llama.decoder.attention  # pyright: ignore[reportAttributeAccessIssue]
     assert max(seen) <= 40
+
+
+def test_reduced_precision_is_re_checked_and_says_what_it_costs(llama: LanguageModel) -> None:
+    rows = _rows(_prompts(4))
+    units = [Unit(members=((layer, head),)) for layer in range(3) for head in range(4)]
+    swept = sweep(llama.decoder, rows, units, full=False, precision="bf16")
+    assert torch.get_float32_matmul_precision() == "highest"
+    result = verify_slice(llama, rows, swept, seed=0, precision="bf16")
+    assert result["passed"]
+    assert result["max_abs_diff"] <= result["atol"] == 0.25
+    assert -1 <= result["spearman"] <= 1
+    assert 0 <= result["top_overlap"] <= 1
+    noisy = {
+        unit.key
+        for unit, ld in zip(units, swept.values["ld"], strict=True)
+        if abs((ld - swept.clean["ld"]).mean()) < 2 * result["max_abs_diff_effect"]
+    }
+    assert set(result["below_noise"]) == noisy
