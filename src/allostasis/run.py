@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from filelock import FileLock, Timeout
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from threadpoolctl import threadpool_limits
@@ -121,8 +122,8 @@ def _work(
         facts["gates"] = {gate.name: vars(gate) | {"passed": gate.passed} for gate in gates}
 
     L.seed_everything(cfg.seed, verbose=False)
-    task = instantiate(cfg.task)
-    module = instantiate(cfg.module, model=instantiate(cfg.model), task=task, _convert_="all")
+    task = _build(cfg.task)
+    module = _build(cfg.module, model=_build(cfg.model), task=task)
     do = _train if "fit" in cfg.stages else _look
     facts |= do(cfg, folder, identity, device, logger, task, module)
     facts["summary"] = module.summary()
@@ -135,6 +136,14 @@ def _work(
     verified = all(gate["passed"] for gate in facts.get("gates", {}).values())
     verified = verified and facts.get("verify", {}).get("passed", True)
     return facts, "done" if verified else "failed_verification"
+
+
+def _build(node: DictConfig, **supplied: Any) -> Any:
+    """Call a block's `_target_`; what it raises comes out as it was raised."""
+    try:
+        return instantiate(node, **supplied, _convert_="all")
+    except InstantiationException as error:
+        raise (error.__cause__ or error) from None
 
 
 def _look(
@@ -164,7 +173,7 @@ def _train(
 ) -> dict[str, Any]:
     """Train a module, or go on where a resume point says; what is recorded is the Recorder's."""
     facts: dict[str, Any] = {}
-    plan: Plan = instantiate(cfg.metrics, _convert_="all")
+    plan: Plan = _build(cfg.metrics)
     recorder = Recorder(
         folder=folder, identity=identity, plan=plan, eval_every=cfg.module.eval_every
     )

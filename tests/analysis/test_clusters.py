@@ -106,6 +106,41 @@ def test_ratios_take_fieller_below_100_clusters_and_bca_from_there(n: int, metho
     assert ("Fieller interval" in found.beside) == (n >= 100)
 
 
+def test_the_fast_bootstrap_is_the_slow_one_with_other_draws() -> None:
+    rng = np.random.default_rng(9)
+    drop = rng.lognormal(0, 0.5, 120)
+    repaired = 0.3 * drop + rng.normal(0, 0.3, 120)
+    fast = st.RatioBootstrap(repaired, drop)
+    slow = estimands.ratio_of_sums(repaired, drop, rng)
+    assert fast.estimate == slow.estimate == repaired.sum() / drop.sum()
+    left, right = fast.interval(0.95), slow.interval(0.95)
+    for a, b in ((left.low, right.low), (left.high, right.high)):
+        assert a == pytest.approx(b, abs=0.003)  # three Monte Carlo errors of a limit
+    assert fast.p_above(0.25) == pytest.approx(slow.above(0.25), abs=0.01)
+    of_mean = st.RatioBootstrap(repaired, np.ones(120)).interval(0.95)
+    t = st.t_interval(repaired)
+    assert of_mean.low == pytest.approx(t.low, abs=0.01)
+
+
+def test_bca_covers_a_ratio_of_sums_over_100_lognormal_clusters() -> None:
+    rng, held, sets = np.random.default_rng(10), 0, 400
+    for _ in range(sets):
+        size = rng.lognormal(0, 0.5, 100)
+        interval = st.RatioBootstrap(0.3 * size + rng.normal(0, 0.3, 100) * size, size).interval()
+        assert interval.low is not None
+        assert interval.high is not None
+        held += interval.low <= 0.3 <= interval.high
+    assert held / sets == pytest.approx(0.95, abs=0.02 + 3 * np.sqrt(0.95 * 0.05 / sets))
+
+
+def test_beyond_all_resamples_p_falls_on_with_the_distance() -> None:
+    boot = st.RatioBootstrap(np.random.default_rng(11).normal(1, 0.1, 100), np.ones(100))
+    near, far = boot.p_above(0.95), boot.p_above(0.8)
+    assert far < near < 1e-4  # 10,000 resamples alone would stop there
+    assert far == pytest.approx(stats.norm.sf((boot.estimate - 0.8) / 0.01), rel=10, abs=1e-30)
+    assert boot.p_above(1.2) == pytest.approx(1.0)
+
+
 def test_the_logarithm_of_a_ratio_has_the_ratios_tests_and_limits() -> None:
     rng = np.random.default_rng(2)
     null = rng.uniform(280, 320, 40)
@@ -175,6 +210,18 @@ def test_the_weakest_depth_decides(
     assert found.inference.estimate == pytest.approx(min(means), abs=0.005)
     assert (found.p_support < 0.025) == supports
     assert (found.p_refute < 0.025) == refutes
+
+
+def test_the_weakest_of_depths_far_beyond_all_resamples_is_told_by_its_distance() -> None:
+    rng = np.random.default_rng(12)
+    clean = rng.uniform(280, 320, 150)
+    parts = {
+        f"depth {i}": sample(clean * (m + rng.normal(0, 0.01, 150)), clean)
+        for i, m in enumerate((0.99, 0.95, 0.98))
+    }
+    found = measures.measure(claim(bound=1.3), parts)
+    assert found.inference.beside["weakest"] == "depth 1, which decides"
+    assert found.inference.estimate == pytest.approx(0.95, abs=0.005)
 
 
 def test_a_refutation_by_any_of_several_depths_is_corrected_and_support_is_not() -> None:

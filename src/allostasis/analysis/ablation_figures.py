@@ -145,11 +145,11 @@ def _residual(rows: pd.DataFrame) -> list[Column]:
 
 
 def _mean(group: Group, name: str) -> Estimate:
-    return estimate(group.rows, column(group.rows, name), f"{group.name} {name}")
+    return estimate(group.rows, column(group.rows, name))
 
 
 def _share(group: Group, part: Column) -> Estimate:
-    return estimate(group.rows, (part, column(group.rows, "drop")), f"{group.name} share")
+    return estimate(group.rows, (part, column(group.rows, "drop")))
 
 
 def _offset(ablation: str) -> float:
@@ -221,7 +221,7 @@ def identity(arms: Sequence[Arm]) -> Canvas:
             for place, (name, colour) in zip((-0.25, 0, 0.25), terms.values(), strict=True):
                 rows = group.rows[both]
                 change = column(rows, name) - column(rows, f"{name}_clean")
-                found = estimate(rows, change, f"{group.name} {name}")
+                found = estimate(rows, change)
                 axis.barh(row + place, found.value, 0.23, color=colour, zorder=2)
                 axis.errorbar(
                     found.value, row + place, xerr=np.transpose([found.bars]),

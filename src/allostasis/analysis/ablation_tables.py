@@ -83,12 +83,9 @@ def effects_table(arms: Sequence[Arm]) -> Table:
 
 
 def _effects(what: str, heads: str, rows: pd.DataFrame) -> tuple[str, ...]:
-    columns: dict[str, Column | Pair] = {
-        "te": column(rows, "te"), "of clean": (column(rows, "te"), column(rows, "ld_clean")),
-        "drop": column(rows, "drop"), "sr": column(rows, "sr"),
-        "ratio": (column(rows, "sr"), column(rows, "drop")),
-    }  # fmt: skip
-    found = [estimate(rows, values, f"{what} {heads} {k}") for k, values in columns.items()]
+    te, drop, sr, clean = (column(rows, name) for name in ("te", "drop", "sr", "ld_clean"))
+    columns: list[Column | Pair] = [te, (te, clean), drop, sr, (sr, drop)]
+    found = [estimate(rows, values) for values in columns]
     return (what, heads, *(one.text for one in found), str(found[0].n))
 
 
@@ -151,7 +148,7 @@ def shares_table(arms: Sequence[Arm]) -> Table:
 
 
 def _share(group: Group, part: str, of: str, pair: Pair) -> tuple[str, ...]:
-    found = estimate(group.rows, pair, f"{group.name} {part}")
+    found = estimate(group.rows, pair)
     if of != "drop" and found.interval is None:
         return group.name, part, of, found.reason, str(found.n)
     return group.name, part, of, found.text, str(found.n)
@@ -167,14 +164,14 @@ def norms_table(arms: Sequence[Arm]) -> Table:
                 continue
             by_prompt = rows.groupby(["seed", "example"])[["norm_end", "norm_end_clean"]].mean()
             ratios = [
-                estimate(rows, (column(rows, a), column(rows, b)), f"{group.name} {depth} {a}")
+                estimate(rows, (column(rows, a), column(rows, b)))
                 for a, b in (
                     ("norm_all", "norm_all_clean"), ("norm_rest", "norm_rest_clean"),
                     ("norm_end", "norm_end_clean"), ("norm_end_null", "norm_end_clean"),
                 )
             ]  # fmt: skip
             pair = column(rows, "norm_end"), column(rows, "norm_end_null")
-            excess = logarithm(estimate(rows, pair, f"{group.name} {depth} excess"))
+            excess = logarithm(estimate(rows, pair))
             median = by_prompt["norm_end"].median() / by_prompt["norm_end_clean"].median()
             made.append((
                 group.name, str(depth), *(ratio.text for ratio in ratios[:3]), number(median),
@@ -252,7 +249,7 @@ def identity_table(arms: Sequence[Arm]) -> Table:
         terms = []
         for name in ("log_amplitude", "log_alignment", "log_margin"):
             clean = column(here, f"{name}_clean")
-            change = estimate(here, column(here, name) - clean, f"{group.name} {name}")
+            change = estimate(here, column(here, name) - clean)
             terms.append(f"{number(float(clean.mean()))}; {change.text}")
         made.append((group.name, *terms, _kappa(group), kept))
     return Table(
@@ -269,7 +266,7 @@ def identity_table(arms: Sequence[Arm]) -> Table:
 
 
 def _kappa(group: Group) -> str:
-    found = estimate(group.rows, exchange_rate(group.rows), f"{group.name} kappa")
+    found = estimate(group.rows, exchange_rate(group.rows))
     return found.text if found.interval is not None else f"undefined: {found.reason}"
 
 
@@ -336,7 +333,7 @@ def baseline_table(arms: Sequence[Arm]) -> Table:
     }
     made = []
     for name, rows in parts.items():
-        ld = estimate(rows, column(rows, "ld_clean"), f"baseline {name}")
+        ld = estimate(rows, column(rows, "ld_clean"))
         correct = column(rows, "correct_clean")
         made.append((name, ld.text, number(float(correct.mean())), str(len(rows)), str(ld.n)))
     return Table(

@@ -120,13 +120,12 @@ def critical(arms: Sequence[Arm], table: Table = "examples") -> list[Group]:
     return chosen
 
 
-def estimate(rows: pd.DataFrame, values: Column | Pair, name: str) -> Estimate:
+def estimate(rows: pd.DataFrame, values: Column | Pair) -> Estimate:
     """A mean of a column, or a ratio of sums of a pair, over clusters.
 
     Args:
         rows: Prompts.
         values: One a row, or a pair.
-        name: Of the stream of randomness, so that a report made again is the same.
     """
     totals = clusters.add_up(rows, values)
     pair = totals.numerators, totals.denominators
@@ -134,25 +133,32 @@ def estimate(rows: pd.DataFrame, values: Column | Pair, name: str) -> Estimate:
     interval, reason = None, ""
     try:
         if isinstance(values, tuple):
-            ratio = estimands.ratio_of_sums(*pair, estimands.generator(name))
-            interval = ratio.interval(LEVEL)
+            interval = _ratio_interval(*pair)
         else:
             value = float(totals.means.mean())
-            interval = mean_interval(totals.means, estimands.generator(name))
+            interval = _mean_interval(totals.means)
     except UndefinedError as error:
         reason = str(error)
     return Estimate(value, interval, len(totals.names), reason)
 
 
-def mean_interval(values: np.ndarray, rng: np.random.Generator) -> Interval:
-    """Interval of a mean over clusters, by the rule that claims follow.
-
-    Raises:
-        UndefinedError: One unit, or all equal.
-    """
+def _mean_interval(values: np.ndarray) -> Interval:
+    """Interval of a mean over clusters, by the rule that claims follow."""
     if len(values) < estimands.BOOTSTRAP_FROM or np.ptp(values) == 0:
         return st.t_interval(values, level=LEVEL)
-    return st.Bootstrap((values,), np.mean, rng).interval(LEVEL)
+    return st.RatioBootstrap(values, np.ones_like(values)).interval(LEVEL)
+
+
+def _ratio_interval(above: np.ndarray, below: np.ndarray) -> Interval:
+    """Interval of a ratio of sums over clusters, by the rule that claims follow."""
+    estimate = above.sum() / below.sum()
+    if len(above) < 2 or np.ptp(above - estimate * below) == 0:
+        one = "one cluster has no interval"
+        raise UndefinedError(one if len(above) < 2 else "all clusters have one ratio")
+    interval = st.fieller(above, below, level=LEVEL)  # undefined where the denominator may be 0
+    if len(above) < estimands.RATIO_BOOTSTRAP_FROM:
+        return interval
+    return st.RatioBootstrap(above, below).interval(LEVEL)
 
 
 def own_direct_effect(groups: Sequence[Group]) -> pd.Series:

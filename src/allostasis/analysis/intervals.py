@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from scipy import stats
 
 from allostasis.analysis.curves import UndefinedError
-
-RESAMPLES = 9_999
-BATCH = 4_000_000  # numbers that a batch of resamples holds at once
 
 
 @dataclass(frozen=True)
@@ -143,96 +138,6 @@ def fieller(numerator: np.ndarray, denominator: np.ndarray, *, level: float = 0.
         )
     root = np.sqrt(max(b**2 - a * c, 0.0))
     return Interval(float((b - root) / a), float((b + root) / a), level, "Fieller")
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """Bias-corrected and accelerated bootstrap of a statistic over units.
-
-    Args:
-        columns: Equally long arrays, one entry a unit, resampled together.
-        statistic: Takes the columns and `axis`.
-        generator: Where randomness comes from.
-
-    Source:
-        Efron (1987), Better bootstrap confidence intervals, J. Am. Stat. Assoc. 82.
-    """
-
-    columns: tuple[np.ndarray, ...]
-    statistic: Callable[..., np.ndarray]
-    generator: np.random.Generator
-    resamples: int = RESAMPLES
-
-    @cached_property
-    def _drawn(self) -> tuple[np.ndarray, float, float]:
-        """Resampled statistics, bias z0 and acceleration a."""
-        drawn = stats.bootstrap(
-            self.columns, self.statistic, paired=True, n_resamples=self.resamples,
-            rng=self.generator, method="percentile", batch=max(1, BATCH // len(self.columns[0])),
-        ).bootstrap_distribution  # fmt: skip
-        n = len(self.columns[0])
-        left_out = np.array([
-            self.statistic(*(np.delete(column, unit) for column in self.columns), axis=-1)
-            for unit in range(n)
-        ])
-        off = left_out.mean() - left_out
-        acceleration = (off**3).sum() / (6 * (off**2).sum() ** 1.5)
-        estimate = self.statistic(*self.columns, axis=-1)
-        below = ((drawn < estimate).mean() + (drawn <= estimate).mean()) / 2
-        return drawn, float(stats.norm.ppf(below)), float(acceleration)
-
-    def interval(self, level: float = 0.95) -> Interval:
-        """The BCa interval."""
-        drawn, bias, acceleration = self._drawn
-        z = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
-        shares = stats.norm.cdf(bias + z / (1 - acceleration * z))
-        low, high = np.quantile(drawn, shares)
-        return Interval(float(low), float(high), level, f"BCa, {self.resamples} resamples")
-
-    def p_above(self, bound: float) -> float:
-        """One-sided p of "at most `bound`": the level at which the lower limit meets it."""
-        drawn, bias, acceleration = self._drawn
-        share = ((drawn < bound).sum() + 1) / (self.resamples + 2)  # never 0 nor 1
-        z = stats.norm.ppf(share) - bias
-        return float(stats.norm.cdf(z / (1 + acceleration * z) - bias))
-
-
-def nested_interval(
-    numerators: np.ndarray,
-    denominators: np.ndarray,
-    groups: np.ndarray,
-    generator: np.random.Generator,
-    *,
-    level: float = 0.95,
-    resamples: int = RESAMPLES,
-) -> Interval:
-    """Percentile bootstrap of a ratio of sums on two levels: groups, then units in each group.
-
-    Args:
-        numerators: One a unit.
-        denominators: One a unit; the number of its prompts where the ratio is a mean.
-        groups: The group of each unit; with few of them the interval is too narrow.
-        generator: Where randomness comes from.
-        level: Nominal coverage.
-        resamples: How many.
-
-    Source:
-        Davison & Hinkley (1997), Bootstrap Methods and their Application, 3.8.
-    """
-    names = np.unique(groups)
-    members = [np.flatnonzero(groups == name) for name in names]
-    chosen = generator.integers(len(names), size=(resamples, len(names)))
-    sums = np.zeros((2, resamples))
-    for index, units in enumerate(members):
-        # how often each unit of this group is drawn: the group's draws, each of its own size
-        counts = generator.multinomial(
-            (chosen == index).sum(axis=1) * len(units), np.full(len(units), 1 / len(units))
-        )
-        sums += counts.dot(np.stack([numerators[units], denominators[units]], axis=1)).T
-    low, high = np.quantile(sums[0] / sums[1], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(
-        float(low), float(high), level, f"groups and units resampled, {resamples} resamples"
-    )
 
 
 def _check_spread(values: np.ndarray) -> None:

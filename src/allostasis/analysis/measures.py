@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -41,8 +42,8 @@ def measure(
     """Estimate and test what an atom is about.
 
     A claim at several depths is an intersection: it is supported where it holds at each, so the
-    depth with the largest p decides and no correction is needed. A refutation, which any depth can
-    bring, is corrected for their number.
+    weakest depth's p, the largest, decides and no correction is needed. A refutation, which any
+    depth can bring, is corrected for their number.
 
     Args:
         claim: The atom.
@@ -55,11 +56,7 @@ def measure(
     parts = {name: infer(claim, sample, control) for name, sample in treatments.items()}
     tested = {name: p_values(claim, inference) for name, inference in parts.items()}
 
-    def against(name: str) -> tuple[float, float, float]:
-        support, refute = tested[name]
-        return support, -refute, _shortfall(claim, parts[name])
-
-    weakest = max(parts, key=against)
+    weakest = min(parts, key=lambda name: _margin(claim, parts[name]))
     inference = parts[weakest]
     if len(parts) > 1:
         every = "; ".join(f"{name} {number(part.estimate)}" for name, part in parts.items())
@@ -74,20 +71,25 @@ def measure(
     )
 
 
-def _shortfall(claim: Claim, inference: Inference) -> float:
-    """How far an estimate lies to the side that speaks against the claim; where p-values tie."""
-    if inference.estimate is None:
-        return 0.0
-    distance = inference.estimate - middle(claim)
-    match claim.direction:
-        case "greater":
-            return -distance
-        case "less":
-            return distance
-        case "inside":
-            return abs(distance)
+def _margin(claim: Claim, inference: Inference) -> float:
+    """How far an estimate lies on the claim's side of its bound, in standard errors if it has any.
+
+    Distances and not p-values say which depth is the weakest: beyond all resamples p-values tie.
+    """
+    estimate = inference.estimate
+    assert estimate is not None
+    match claim.direction, claim.bound:
+        case "greater", float(bound):
+            margin = estimate - bound
+        case "less", float(bound):
+            margin = bound - estimate
+        case "inside", (low, high):
+            margin = min(estimate - low, high - estimate)
+        case _, (low, high):
+            margin = max(low - estimate, estimate - high)
         case _:
-            return -abs(distance)
+            raise AssertionError(f"{claim.id}: the schema admits no such bound")
+    return margin if not inference.sd else margin * math.sqrt(inference.n) / inference.sd
 
 
 def p_values(claim: Claim, inference: Inference) -> tuple[float, float]:

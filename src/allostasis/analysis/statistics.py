@@ -16,23 +16,22 @@ from allostasis.analysis.hypothesis_tests import (
     welch_above,
 )
 from allostasis.analysis.intervals import (
-    Bootstrap,
     Interval,
     clopper_pearson,
     fieller,
     median_interval,
-    nested_interval,
     t_interval,
     welch_interval,
 )
 from allostasis.analysis.power import attainable_p, minimum_seeds, power, seeds_for_power
+from allostasis.analysis.resampling import Bootstrap, RatioBootstrap, nested_interval
 from allostasis.analysis.surrogates import circular_shift_p, phase_randomised_p, rank_correlation
 from allostasis.analysis.survival import KaplanMeier, kaplan_meier, log_rank
 
 __all__ = [
-    "Bootstrap", "Effect", "Interval", "KaplanMeier", "attainable_p", "binomial_above",
-    "circular_shift_p", "clopper_pearson", "fieller", "hedges_g", "holm", "kaplan_meier",
-    "log_rank", "median_above", "median_below", "median_interval", "minimum_seeds",
+    "Bootstrap", "Effect", "Interval", "KaplanMeier", "RatioBootstrap", "attainable_p",
+    "binomial_above", "circular_shift_p", "clopper_pearson", "fieller", "hedges_g", "holm",
+    "kaplan_meier", "log_rank", "median_above", "median_below", "median_interval", "minimum_seeds",
     "nested_interval", "one_sample_effect", "permutation", "phase_randomised_p", "power",
     "rank_correlation", "ratio_above", "seeds_for_power", "sign_flip", "t_above", "t_interval",
     "unbiasing", "welch_above", "welch_interval",
