@@ -93,7 +93,7 @@ def write_audit() -> Audit:
         condition: str = "critical",
         seed: int = 0,
         *,
-        n: int = 60,
+        n: int = 48,
         lost: float = 1.0,
         repaired: float = 0.3,
         by_scale: float = 0.9,

@@ -79,8 +79,8 @@ def _round_ratios(limit: float) -> np.ndarray:
     """Round ratios to label on a log scale from exp(-limit) to exp(limit), about three a side.
 
     Example:
-        >>> _round_ratios(0.03).tolist()
-        [0.98, 0.99, 1.0, 1.01, 1.02]
+        >>> _round_ratios(0.035).tolist()
+        [0.97, 0.98, 0.99, 1.0, 1.01, 1.02, 1.03]
     """
     reach = -np.expm1(-limit)
     power = 10.0 ** np.floor(np.log10(reach))

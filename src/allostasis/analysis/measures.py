@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -56,7 +55,10 @@ def measure(
     parts = {name: infer(claim, sample, control) for name, sample in treatments.items()}
     tested = {name: p_values(claim, inference) for name, inference in parts.items()}
 
-    weakest = min(parts, key=lambda name: _margin(claim, parts[name]))
+    def strength(name: str) -> tuple[float, float]:  # p-values that are nearly 0 or 1 tie
+        return -round(tested[name][0], 6), _margin(claim, parts[name])
+
+    weakest = min(parts, key=strength) if len(parts) > 1 else next(iter(parts))
     inference = parts[weakest]
     if len(parts) > 1:
         every = "; ".join(f"{name} {number(part.estimate)}" for name, part in parts.items())
@@ -72,24 +74,20 @@ def measure(
 
 
 def _margin(claim: Claim, inference: Inference) -> float:
-    """How far an estimate lies on the claim's side of its bound, in standard errors if it has any.
-
-    Distances and not p-values say which depth is the weakest: beyond all resamples p-values tie.
-    """
+    """How far an estimate lies on the claim's side of its bound; below 0: on the other side."""
     estimate = inference.estimate
-    assert estimate is not None
+    assert estimate is not None, f"{claim.id}: an estimate at several depths is never open-ended"
     match claim.direction, claim.bound:
         case "greater", float(bound):
-            margin = estimate - bound
+            return estimate - bound
         case "less", float(bound):
-            margin = bound - estimate
+            return bound - estimate
         case "inside", (low, high):
-            margin = min(estimate - low, high - estimate)
+            return min(estimate - low, high - estimate)
         case _, (low, high):
-            margin = max(low - estimate, estimate - high)
+            return max(low - estimate, estimate - high)
         case _:
             raise AssertionError(f"{claim.id}: the schema admits no such bound")
-    return margin if not inference.sd else margin * math.sqrt(inference.n) / inference.sd
 
 
 def p_values(claim: Claim, inference: Inference) -> tuple[float, float]:

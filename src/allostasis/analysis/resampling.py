@@ -12,6 +12,7 @@ from scipy import stats
 from allostasis.analysis.intervals import Interval
 
 RESAMPLES = 9_999
+LEAST = 1e-9  # no p-value of a bootstrap is believed beyond this
 BATCH = 4_000_000  # numbers that a batch of resamples holds at once
 
 
@@ -73,13 +74,14 @@ class Bootstrap:
         """One-sided p of "at most `bound`": the level at which the lower limit meets it.
 
         Beyond all resamples, whose number would bound p from below, by the normal distribution
-        with their standard deviation, where that is further out.
+        with their standard deviation, where that is further out, but never below 1e-9.
         """
         drawn, bias, acceleration = self._drawn
         count = int((drawn < bound).sum())
         z = stats.norm.ppf((count + 1) / (self.resamples + 2)) - bias  # never of 0 nor 1
         p = float(stats.norm.cdf(z / (1 + acceleration * z) - bias))
-        beyond = float(stats.norm.sf((self.estimate - bound) / drawn.std()))
+        tail = float(stats.norm.sf((self.estimate - bound) / drawn.std()))
+        beyond = min(max(tail, LEAST), 1 - LEAST)
         return {0: min(p, beyond), self.resamples: max(p, beyond)}.get(count, p)
 
 

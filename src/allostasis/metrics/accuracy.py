@@ -35,7 +35,26 @@ def accuracy(
 def is_right(snapshot: Snapshot) -> Bool[Tensor, " batch"]:
     """What `accuracy` says of a snapshot, from the search for the runner-up that others share.
 
-    Where the true answer and the runner-up are level, the first of the two is the prediction.
+    1[m > 0]; where the true answer and the runner-up are level, the first of the two is the
+    prediction.
+
+    Args:
+        snapshot: One with `logits` and `labels`.
+
+    Returns:
+        True where the answer is right. The mean is in [0, 1]; up is better.
+
+    Raises:
+        ValueError: The snapshot lacks one of the two.
+
+    Source:
+        Standard.
+
+    Example:
+        >>> import torch
+        >>> level = Snapshot(step=0, logits=torch.zeros(2, 3), labels=torch.tensor([0, 1]))
+        >>> is_right(level).tolist()
+        [True, False]
     """
     lead, others = snapshot.once(rivalry, "logits", "labels")
     return (lead > 0) | ((lead == 0) & (given(snapshot.labels, "labels") < others))

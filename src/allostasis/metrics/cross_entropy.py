@@ -52,7 +52,7 @@ def distribution(logits: Float[Tensor, "batch vocab"]) -> Distribution:
         logits: Logits; adding a constant to all of an example's changes nothing.
 
     Returns:
-        Pure numbers and nats, in float64. High: a likely answer.
+        log p in nats, in (-inf, 0], and p, in [0, 1]; both in float64. High: a likely answer.
 
     Source:
         Standard.

@@ -67,7 +67,24 @@ class Rivalry(NamedTuple):
 
 
 def rivalry(logits: Float[Tensor, "batch vocab"], labels: Int[Tensor, " batch"]) -> Rivalry:
-    """Margin and runner-up of each example, in one search."""
+    """Margin and runner-up of each example, in one search.
+
+    m = l_y - max_{k != y} l_k, and the k that attains the maximum
+
+    Args:
+        logits: Logits at the readout position.
+        labels: The true answers.
+
+    Returns:
+        The margin in logits, any real number, up is better; and answer ids, in [0, V).
+
+    Source:
+        Bartlett et al. (2017), Spectrally-normalized margin bounds for neural networks.
+
+    Example:
+        >>> rivalry(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0])).margin.item()
+        1.0
+    """
     right = logits.gather(-1, labels[:, None])[:, 0]
     wrong, others = logits.scatter(-1, labels[:, None], -torch.inf).max(dim=-1)
     return Rivalry(precise(right) - precise(wrong), others)
