@@ -131,6 +131,7 @@ class Recorder(Callback):
                 continue
             self.metrics[name] = cls().to(pl_module.device)
             hooks |= {hook for names in found.values() for hook in names}
+            hooks |= {hook for also in cls.reads_also for hook in fnmatch.filter(hookable, also)}
         self._hooks = tuple(sorted(hooks))
 
     def _is_hindsight(self, metric: Metric, pl_module: Any) -> bool:
@@ -139,9 +140,9 @@ class Recorder(Callback):
     # ------------------------------------------------------------------ when
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Record the model before its first update."""
-        if pl_module.updates == 0:
-            self.cadence.is_due(0, pl_module.probe_accuracy())
+        """Record the model as it begins."""
+        if not self._times and not self._flushed:  # nothing yet: step 0, or a model that was read
+            self.cadence.is_due(pl_module.updates, pl_module.probe_accuracy())
             self._observe(trainer, pl_module, full=True)
             pl_module.evaluated(self.latest)
         if pl_module.is_finished:
@@ -219,8 +220,8 @@ class Recorder(Callback):
 
     def _with_references(self, snapshots: Iterable[Snapshot], step: int) -> Iterator[Snapshot]:
         for snapshot in snapshots:
-            if not snapshot.acts:
-                yield snapshot
+            if not snapshot.acts or snapshot.split != "probe":
+                yield snapshot  # only the probe is compared with its own past
                 continue
             acts = {name: tensor.detach() for name, tensor in snapshot.acts.items()}
             if step == 0:
@@ -300,12 +301,7 @@ class Recorder(Callback):
         The state is added here and not in `state_dict`, which Lightning calls before this.
         """
         del trainer
-        step = pl_module.updates
-        parts = self.folder / "parts"
-        write_table(parts / f"metrics-{step}.parquet", self._rows, METRICS_SCHEMA)
-        write_table(parts / f"times-{step}.parquet", self._times, TIMES_SCHEMA)
-        self._flushed.append(step)
-        self._rows, self._times = [], []
+        self._flush(pl_module.updates)
         for dropped in self._thinned:  # the resume point that still named them is past
             self._kept_path(dropped).unlink(missing_ok=True)
         before = self._kept
@@ -322,6 +318,13 @@ class Recorder(Callback):
             "skipped": {name: dict(counts) for name, counts in self.skipped.items()},
             "latest": [[metric, split, value] for (metric, split), value in self.latest.items()],
         }
+
+    def _flush(self, step: int) -> None:
+        parts = self.folder / "parts"
+        write_table(parts / f"metrics-{step}.parquet", self._rows, METRICS_SCHEMA)
+        write_table(parts / f"times-{step}.parquet", self._times, TIMES_SCHEMA)
+        self._flushed.append(step)
+        self._rows, self._times = [], []
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
@@ -349,6 +352,8 @@ class Recorder(Callback):
         Returns:
             What run.json says of the metrics: `metrics` and `skipped`.
         """
+        if self._rows:  # of a run without resume points, which trained nothing
+            self._flush(self._rows[-1]["step"])
         parts = self.folder / "parts"
         for kind, schema in (("metrics", METRICS_SCHEMA), ("times", TIMES_SCHEMA)):
             paths = [parts / f"{kind}-{step}.parquet" for step in self._flushed]

@@ -61,16 +61,25 @@ def is_right(snapshot: Snapshot) -> Bool[Tensor, " batch"]:
 
 
 class Accuracy(Metric):
-    """Accuracy at the readout position.
+    """Accuracy at the positions that the task's main numbers are about.
 
     Parts:
-        over_ceiling: Accuracy divided by the best that any model can reach on the task.
+        over_ceiling: Accuracy divided by the best that any model can reach on the task; likewise
+            `<group>_over_ceiling` of a group.
+        all: Accuracy over all scored tokens.
+        predictable: Over tokens that the past determines.
+        last: Over the last token of each sequence.
+        at: At each position.
     """
 
     symbol = "Psi"
     unit = "1"
     needs = ("logits", "labels")
-    parts = ("over_ceiling",)
+    axes = ("position",)
+    parts = (
+        "over_ceiling", "all", "predictable", "last",
+        "all_over_ceiling", "predictable_over_ceiling", "last_over_ceiling", "at",
+    )  # fmt: skip
     audit_key = "psi_accuracy"
     scale_law = invariant(*GAUGES, "logit_scale", "logit_shift")
     direction = "up is better; 1: every answer is right"
@@ -83,3 +92,11 @@ class Accuracy(Metric):
         self.add(value, n=n)
         if "" in snapshot.ceiling:
             self.add(value / snapshot.ceiling[""], n=n, part="over_ceiling")
+        for group, score in snapshot.scores.items():
+            value, n = precise(score.correct).mean(), len(score.correct)
+            self.add(value, n=n, part=group)
+            if group in snapshot.ceiling:
+                self.add(value / snapshot.ceiling[group], n=n, part=f"{group}_over_ceiling")
+        if snapshot.hits is not None:
+            share, n = precise(snapshot.hits).mean(dim=0), len(snapshot.hits)
+            self.add(share, n=n, part="at", over=("position",), position=0)

@@ -1,6 +1,7 @@
 """Activation amplitude (A): the root-mean-square size of the residual stream."""
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -34,6 +35,34 @@ def amplitude_activation(resid: Float[Tensor, "*tokens d_model"]) -> Float[Tenso
     return resid.norm(dim=-1) / math.sqrt(resid.shape[-1])
 
 
+def before_norm(
+    snapshot: Snapshot, layer: int, part: Literal["mid", "post"], resid: Tensor
+) -> Tensor | None:
+    """The stream at a site where its size can move.
+
+    Args:
+        snapshot: What was recorded.
+        layer: Which layer.
+        part: `mid`: between attention and MLP; `post`: behind the MLP.
+        resid: The value at `hook_resid_{part}`.
+
+    Returns:
+        Residual units, any real number, with no direction: `resid` itself unless a norm has just
+        made it; then the sum before that norm, or None where the model has no hook there.
+
+    Source:
+        Sites of a post-norm block, LN(x + f(x)).
+
+    Example:
+        >>> free = Snapshot(step=0)
+        >>> before_norm(free, 0, "mid", torch.ones(1)).item()
+        1.0
+    """
+    if f"blocks.{layer}.hook_resid_{part}" not in snapshot.normalised_sites:
+        return resid
+    return snapshot.acts.get(f"blocks.{layer}.hook_{'attn' if part == 'mid' else 'mlp'}_sum")
+
+
 def _cells(amplitude: Float[Tensor, " tokens"]) -> Float[Tensor, "2 cells"]:
     smallest, largest = 2.0**SMALLEST_OCTAVE, 2.0**LARGEST_OCTAVE
     octave = amplitude.clamp(smallest, largest).log2() - SMALLEST_OCTAVE
@@ -53,7 +82,8 @@ def _quantile(cells: Float[Tensor, "2 cells"], share: float) -> Float[Tensor, ""
 class AmplitudeActivation(Metric):
     """Mean amplitude over tokens at each layer's `hook_resid_post`.
 
-    Where that site is a norm's output, amplitude cannot move there, and only `published` is given.
+    Where that site is a norm's output, amplitude cannot move there: the sum before the norm is read
+    where the model has a hook for it, else only `published` is given.
 
     Parts:
         mid: The same mean at `hook_resid_mid`, between attention and MLP.
@@ -69,6 +99,7 @@ class AmplitudeActivation(Metric):
     symbol = "A"
     unit = "resid"
     needs = ("blocks.*.hook_resid_mid", "blocks.*.hook_resid_post")
+    reads_also = ("blocks.*.hook_attn_sum", "blocks.*.hook_mlp_sum")
     axes = ("layer",)
     parts = ("mid", "median", "p99", "max_share", "at_answer", "published")
     part_units = {"max_share": "1"}
@@ -88,20 +119,22 @@ class AmplitudeActivation(Metric):
     def update(self, snapshot: Snapshot) -> None:
         """Add the tokens of a snapshot."""
         for layer, resid in snapshot.layers("hook_resid_mid"):
-            amplitude = amplitude_activation(precise(resid))
-            if f"blocks.{layer}.hook_resid_mid" in snapshot.normalised_sites:
+            free = before_norm(snapshot, layer, "mid", resid)
+            if free is None:
                 self.add(0.0, n=0, part="mid", layer=layer, otherwise=INERT)
             else:
+                amplitude = amplitude_activation(precise(free))
                 self.add(amplitude.mean(), n=amplitude.numel(), part="mid", layer=layer)
         for layer, resid in snapshot.layers("hook_resid_post"):
-            tokens = precise(resid)
-            amplitude = amplitude_activation(tokens)
-            norm = amplitude.mean() * math.sqrt(tokens.shape[-1])
-            self.add(norm, n=amplitude.numel(), part="published", layer=layer)
-            if f"blocks.{layer}.hook_resid_post" in snapshot.normalised_sites:
+            norm = precise(resid).norm(dim=-1)
+            self.add(norm.mean(), n=norm.numel(), part="published", layer=layer)
+            free = before_norm(snapshot, layer, "post", resid)
+            if free is None:
                 for part in ("", "median", "p99", "max_share", "at_answer"):
                     self.add(0.0, n=0, part=part, layer=layer, otherwise=INERT)
             else:
+                tokens = precise(free)
+                amplitude = amplitude_activation(tokens)
                 self._add_free(layer, tokens, amplitude, snapshot.readout)
 
     def _add_free(self, layer: int, tokens: Tensor, amplitude: Tensor, readout: int) -> None:

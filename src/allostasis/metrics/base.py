@@ -28,6 +28,20 @@ T = TypeVar("T")
 GAUGES = ("vo", "qk", "relu", "gain", "stream", "rotation")
 
 
+class Score(NamedTuple):
+    """How a group of tokens was answered.
+
+    Attributes:
+        correct: Whether the largest logit was the true answer's.
+        loss: Cross-entropy in nats.
+        floor: Lowest mean cross-entropy in nats that any model can expect on them.
+    """
+
+    correct: Bool[Tensor, " token"]
+    loss: Float[Tensor, " token"]
+    floor: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """One model at one step on one batch: all that a metric may look at.
@@ -53,6 +67,8 @@ class Snapshot:
         key_frequencies: Modular addition: the frequencies that the finished model uses.
         readout: Index of the readout position in `acts`.
         normalised_sites: Hook names whose value has just left a norm.
+        scores: Right or wrong, and loss, of groups of tokens beside those that `logits` are of.
+        hits: Right or wrong of every position of every sequence, where positions are told apart.
         ceiling: Highest accuracy that any model can reach, by part; the main value's key is "".
         floor: Lowest cross-entropy in nats that any model can reach.
     """
@@ -74,6 +90,8 @@ class Snapshot:
     key_frequencies: tuple[int, ...] | None = None
     readout: int = -1
     normalised_sites: frozenset[str] = frozenset()
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    hits: Bool[Tensor, "sequence position"] | None = None
     ceiling: Mapping[str, float] = field(default_factory=dict)
     floor: float | None = None
     _known: dict[tuple[Callable[..., Any], tuple[str, ...]], Any] = field(
@@ -212,6 +230,7 @@ class Metric(torchmetrics.Metric):
         needs: Hook patterns in TransformerLens names, and `logits`, `labels`, `classes`, `params`,
             `before`, `grads`, `grid_logits`, `train_pairs`, `key_frequencies`, `earlier.<hook>`,
             `initial.<hook>`.
+        reads_also: Hook patterns that are read where the model has them.
         axes: What the values are indexed by, of `layer`, `head`, `position`.
         parts: Names of the numbers beside the main one; `*` stands for any parameter's name.
         part_symbols: Symbols of the parts whose symbol is not the metric's.
@@ -230,6 +249,7 @@ class Metric(torchmetrics.Metric):
     symbol: ClassVar[str]
     unit: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
+    reads_also: ClassVar[tuple[str, ...]] = ()
     axes: ClassVar[tuple[Axis, ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()
     part_symbols: ClassVar[Mapping[str, str]] = {}

@@ -97,6 +97,7 @@ class CrossEntropy(Metric):
     Parts:
         floor: The lowest value that any model can reach on the task.
         excess: The mean above that floor.
+        all: Mean over all scored tokens; likewise `all_floor` and `all_excess`.
         zero_fraction: Share of examples whose loss is exactly 0 when it is taken in float32, and
             which float32 training therefore no longer sees.
     """
@@ -104,7 +105,7 @@ class CrossEntropy(Metric):
     symbol = "Psi"
     unit = "nat"
     needs = ("logits", "labels")
-    parts = ("floor", "excess", "zero_fraction")
+    parts = ("floor", "excess", "all", "all_floor", "all_excess", "zero_fraction")
     part_units = {"zero_fraction": "1"}
     scale_law = {
         **invariant(*GAUGES, "logit_shift"),
@@ -124,3 +125,9 @@ class CrossEntropy(Metric):
         if snapshot.floor is not None:
             self.add(torch.full_like(value, snapshot.floor), n=n, part="floor")
             self.add(value - snapshot.floor, n=n, part="excess")
+        if "all" in snapshot.scores:
+            _, losses, floor = snapshot.scores["all"]
+            whole, n = precise(losses).mean(), len(losses)
+            self.add(whole, n=n, part="all")
+            self.add(torch.full_like(whole, floor), n=n, part="all_floor")
+            self.add(whole - floor, n=n, part="all_excess")

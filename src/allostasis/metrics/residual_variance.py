@@ -1,13 +1,14 @@
 """Residual variance (sigma^2): how far residual vectors scatter, between and within classes."""
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from allostasis.metrics.amplitude_activation import INERT
+from allostasis.metrics.amplitude_activation import INERT, before_norm
 from allostasis.metrics.base import Mean, Metric, Place, Snapshot, given, invariant, precise
 
 
@@ -83,7 +84,8 @@ def _variances(moments: Float[Tensor, "classes moment"]) -> dict[str, Tensor]:
 class ResidualVariance(Metric):
     """Variance over examples at the readout position of each layer's `hook_resid_post`.
 
-    The main value is the total. Where the site is a norm's output only `published` is given.
+    The main value is the total. Where the site is a norm's output the sum before the norm is read,
+    if the model has a hook for it. Without classes only `published` is given.
 
     Parts:
         between: Variance of the class means; likewise `between_unbiased`, without the part that
@@ -99,7 +101,8 @@ class ResidualVariance(Metric):
 
     symbol = "sigma2"
     unit = "resid^2"
-    needs = ("blocks.*.hook_resid_mid", "blocks.*.hook_resid_post", "classes")
+    needs = ("blocks.*.hook_resid_mid", "blocks.*.hook_resid_post")
+    reads_also = ("blocks.*.hook_attn_sum", "blocks.*.hook_mlp_sum")
     axes = ("layer",)
     parts = (
         "between",
@@ -127,22 +130,25 @@ class ResidualVariance(Metric):
 
     def update(self, snapshot: Snapshot) -> None:
         """Add the examples of a snapshot."""
-        classes = given(snapshot.classes, "classes")
-        n_classes = given(snapshot.n_classes, "n_classes")
-        for site, parts in (("mid", ("mid",)), ("post", ("", *self.parts[:6]))):
-            for layer, resid in snapshot.layers(f"hook_resid_{site}"):
-                if f"blocks.{layer}.hook_resid_{site}" in snapshot.normalised_sites:
-                    for part in parts:
-                        self.add(0.0, n=0, part=part, layer=layer, otherwise=INERT)
-                else:
-                    moments = _moments(resid[:, snapshot.readout], classes, n_classes)
-                    self.accumulate(site, moments, layer=layer)
+        if snapshot.classes is not None:
+            self._add_classes(snapshot, snapshot.classes, given(snapshot.n_classes, "n_classes"))
         for layer, resid in snapshot.layers("hook_resid_post"):
             tokens = precise(resid)
             centred = tokens - tokens.mean(dim=-1, keepdim=True)
             spread = centred.norm(dim=-1) / math.sqrt(tokens.shape[-1] - 1)
             count = torch.full_like(spread.sum(), spread.numel())
             self.accumulate("spread", torch.stack([spread.sum(), count]), layer=layer)
+
+    def _add_classes(self, snapshot: Snapshot, classes: Tensor, n_classes: int) -> None:
+        for site, parts in SITES.items():
+            for layer, resid in snapshot.layers(f"hook_resid_{site}"):
+                free = before_norm(snapshot, layer, site, resid)
+                if free is None:
+                    for part in parts:
+                        self.add(0.0, n=0, part=part, layer=layer, otherwise=INERT)
+                else:
+                    moments = _moments(free[:, snapshot.readout], classes, n_classes)
+                    self.accumulate(site, moments, layer=layer)
 
     def means(self) -> dict[Place, Mean]:
         """Give the variances of the moments over all batches and devices."""
@@ -155,6 +161,12 @@ class ResidualVariance(Metric):
         for layer, (total, count) in self.kept("spread"):
             means[Place("published", layer)] = Mean((total / count).square(), count)
         return means
+
+
+SITES: dict[Literal["mid", "post"], tuple[str, ...]] = {
+    "mid": ("mid",),
+    "post": ("", *ResidualVariance.parts[:6]),
+}
 
 
 def _means(moments: Float[Tensor, "classes moment"]) -> dict[str, Mean]:
