@@ -24,11 +24,11 @@ from allostasis.callbacks.checkpoints import Checkpoints
 from allostasis.callbacks.progress import Progress
 from allostasis.callbacks.recorder import Identity, Recorder
 from allostasis.callbacks.tables import Tables
-from allostasis.core import audit, devices
+from allostasis.core import audit, devices, locate
 from allostasis.core.config import config_hash
 from allostasis.core.interrupt import Interrupted, interruptible
 from allostasis.core.provenance import RunFile, Status
-from allostasis.core.records import read_run, write_atomically, write_json
+from allostasis.core.records import RunRecord, read_run, write_atomically, write_json
 
 
 def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[str, Any]:
@@ -63,10 +63,11 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
         error: BaseException | None = None
         logger = None
         try:
+            earlier = _read_first(cfg)
             logger = loggers.build(cfg.logger, identity=identity, folder=folder)
             # NumPy's own BLAS threads would spin against torch's for the same cores
             with threadpool_limits(1, user_api="blas"):
-                facts, status = _work(cfg, folder, file, identity, logger)
+                facts, status = _work(cfg, folder, file, identity, logger, earlier)
         except Interrupted as exception:
             status, error = "interrupted", exception
             raise
@@ -111,8 +112,19 @@ def _open(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) -> 
     return identity
 
 
+def _read_first(cfg: DictConfig) -> dict[str, RunRecord]:
+    """The finished runs of other arms that this one reads; those that are missing are made."""
+    conditions = cfg.module.get("reads") or []
+    return {condition: locate.finished(cfg, condition, run) for condition in conditions}
+
+
 def _work(
-    cfg: DictConfig, folder: Path, file: RunFile, identity: Identity, logger: Any
+    cfg: DictConfig,
+    folder: Path,
+    file: RunFile,
+    identity: Identity,
+    logger: Any,
+    earlier: dict[str, RunRecord],
 ) -> tuple[dict[str, Any], Status]:
     """Build everything, train and test, close the tables."""
     device = devices.resolve(cfg.device)
@@ -124,6 +136,12 @@ def _work(
     L.seed_everything(cfg.seed, verbose=False)
     task = _build(cfg.task)
     module = _build(cfg.module, model=_build(cfg.model), task=task)
+    if earlier:
+        facts["read"] = {
+            condition: {"run_id": record.run["run_id"], "checkpoints": record.run["checkpoints"]}
+            for condition, record in earlier.items()
+        }
+        facts |= module.take(earlier)
     do = _train if "fit" in cfg.stages else _look
     facts |= do(cfg, folder, identity, device, logger, task, module)
     facts["summary"] = module.summary()

@@ -26,7 +26,7 @@ Direction = Literal["greater", "less", "inside", "outside"]
 Test = Literal["t", "tost", "binomial"]
 Of = Literal[
     "mean", "difference", "paired_difference", "log_ratio", "proportion", "unanimous",
-    "median_time", "kappa", "ratio_of_sums", "log_ratio_of_sums",
+    "median_time", "kappa", "ratio_of_sums", "log_ratio_of_sums", "hedges_g",
 ]  # fmt: skip
 OF_CLUSTERS: tuple[Of, ...] = ("mean", "ratio_of_sums", "log_ratio_of_sums", "kappa")
 
@@ -41,6 +41,7 @@ TESTS: dict[Of, tuple[Test, ...]] = {
     "kappa": ("t", "tost"),
     "ratio_of_sums": ("t", "tost"),
     "log_ratio_of_sums": ("t", "tost"),
+    "hedges_g": ("t",),
 }
 
 
@@ -69,7 +70,7 @@ class Estimand(Part):
     summary: str
     of: Of
     unit: Literal["seed", "cluster"] = "seed"
-    split: Literal["train", "test", "probe", "all"] | None = None
+    split: Literal["train", "test", "probe", "classes", "all"] | None = None
 
     @field_validator("summary")
     @classmethod

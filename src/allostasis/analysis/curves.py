@@ -124,6 +124,11 @@ class RunView:
         return "" if self.summary.get("does_task", True) else NO_TASK
 
     @property
+    def is_inert(self) -> bool:
+        """Whether the arm's intervention was seen to change nothing."""
+        return (self.run.get("effect") or {}).get("label") == "inert"
+
+    @property
     def model(self) -> Mapping[str, Any]:
         """What is known of the pretrained model; empty where the run trained its own."""
         return self.run.get("model") or {}

@@ -65,6 +65,13 @@ def _effect(difference: float, sd: float, se_of_d: float, df: int, level: float)
     return Effect(d, factor * d, Interval(*limits, level=level, method="noncentral t"))
 
 
+def noncentral_above(t: float, df: int, delta: float) -> float:
+    """P(T >= t) of a noncentral t: the one-sided p of "the noncentrality is at most delta"."""
+    if t < 0:  # far tails of a negative t are not a number in scipy
+        return 1 - noncentral_above(-t, df, -delta)
+    return float(stats.nct.sf(t, df, delta))
+
+
 def _noncentrality(t: float, df: int, share: float) -> float:
     """The noncentrality at which `share` of the distribution lies below t."""
     if t < 0:  # far tails of a negative t are not a number in scipy

@@ -108,6 +108,27 @@ def difference(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) ->
     )  # fmt: skip
 
 
+def standardised_difference(left: np.ndarray, right: np.ndarray) -> Inference:
+    """Hedges's g of two arms, tested and bounded by the noncentral t; Cohen's d beside it."""
+    try:
+        found = st.hedges_g(left, right)
+    except UndefinedError as error:
+        estimate = float(left.mean() - right.mean())
+        alone = _untestable(estimate, np.zeros(2))
+        assert alone is not None
+        return replace(alone, estimate=None, untestable=str(error))
+    n, m = len(left), len(right)
+    df, se = n + m - 2, float(np.sqrt(1 / n + 1 / m))
+    t, per_g = found.d / se, 1 / (st.unbiasing(df) * se)
+    return Inference(
+        found.g, min(n, m),
+        lambda level: st.hedges_g(left, right, level=level).interval,
+        lambda b: st.noncentral_above(t, df, b * per_g),
+        lambda b: 1 - st.noncentral_above(t, df, b * per_g),
+        found, beside={"Cohen's d": number(found.d)},
+    )  # fmt: skip
+
+
 def proportion(hits: np.ndarray, *, unanimous: bool = False) -> Inference:
     """Share of units with a 1: exact binomial; `unanimous` supports nothing unless all have it."""
     count, n = int(hits.sum()), len(hits)

@@ -158,6 +158,9 @@ def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference
         case "difference":
             assert control is not None
             return estimands.difference(values, control.values, rng)
+        case "hedges_g":
+            assert control is not None
+            return estimands.standardised_difference(values, control.values)
         case "mean":
             return estimands.mean(values, middle(claim), rng)
 

@@ -49,6 +49,20 @@ def final(curve: Curve) -> float:
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
 
 
+def end(curve: Curve) -> float:
+    """Value at the last recorded step, where experiments read their whole held-out set."""
+    return float(curve.values[-1])
+
+
+def at_accuracy(curve: Curve, run: RunView, level: str) -> float:
+    """Value where the run's held-out accuracy first reaches a level, linear between records."""
+    accuracy = run.curve("accuracy", split="test")
+    step = accuracy.rises_through(float(level))
+    if step is None:
+        raise UndefinedError(f"accuracy {level} was not reached by step {run.last_step}")
+    return curve.at(step)
+
+
 def peak(curve: Curve) -> float:
     """Highest recorded value."""
     return float(curve.values.max())

@@ -215,13 +215,20 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
             check_widths(claim, arm, other)
             control, unlike = summarise(claim, other), unlike or also_unlike
             used.append(other)
-            if claim.estimand is not None and claim.estimand.of != "difference":
+            if claim.estimand is not None and claim.estimand.of not in {
+                "difference", "hedges_g",
+            }:  # fmt: skip
                 treatment, control = pair(treatments[""], control)
                 treatments = {"": treatment}
         changed = _changed(claim, digest, used)
         first = next(iter(treatments.values()))
         result = replace(result, treatment=first, control=control, changed=changed, unlike=unlike)
         for side in used:
+            if any(run.is_inert for run in side.runs):
+                raise UndefinedError(
+                    f"inert: the intervention of {side.name} is undone where it stands, so that "
+                    "nothing about it can be told"
+                )
             if first.unit == "seed" and side.is_inert():
                 raise UndefinedError(
                     f"seeds_inert: all {len(side.runs)} seeds of {side.name} gave the same "

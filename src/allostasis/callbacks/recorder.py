@@ -29,7 +29,7 @@ from allostasis.core.records import (
 )
 from allostasis.metrics.base import Metric, Reading, Snapshot, discover
 
-WEIGHT_NEEDS = {"params", "before", "grads"}
+WEIGHT_NEEDS = {"params", "before", "grads", "modulus"}
 MAX_KEPT = 200
 
 
@@ -378,6 +378,7 @@ def _provides(snapshot: Snapshot) -> set[str]:
         "params": snapshot.weights is not None,
         "before": bool(snapshot.before),
         "grads": bool(snapshot.grads),
+        "modulus": snapshot.modulus is not None,
         "grid_logits": snapshot.grid_logits is not None,
         "train_pairs": snapshot.train_pairs is not None,
         "key_frequencies": snapshot.key_frequencies is not None,

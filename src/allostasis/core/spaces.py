@@ -9,6 +9,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Site:
+    """A place in the residual stream, as calibration, intervention and log all name it.
+
+    Attributes:
+        name: The hook point.
+        norm_before: Its value has just left a norm, so that its size is the norm's gain.
+        all_readers_normalise: Whatever reads it normalises it first, so that a positive scale per
+            token is undone.
+        feeds_unembed: It is read by the bias-free unembedding alone, so that a positive scale per
+            token changes no argmax.
+    """
+
+    name: str
+    norm_before: bool
+    all_readers_normalise: bool
+    feeds_unembed: bool
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """One layer's attention weights, per head, and what stands before them.
 

@@ -87,6 +87,7 @@ class SequenceTraining(L.LightningModule):
         self._crossed: dict[str, int] = {}
         self._milestones: dict[int, dict[str, Tensor]] = {}
         self._excess: list[Float[Tensor, " sequence"]] = []
+        self._final: dict[str, tuple[int, int]] = {}
 
     # ------------------------------------------------------------------ training
 
@@ -116,8 +117,12 @@ class SequenceTraining(L.LightningModule):
     def loss(self, batch: Sequences) -> Float[Tensor, ""]:
         """Mean cross-entropy over the scored positions, in nats."""
         batch = batch.to(self.device)
+        self.prepare(batch)
         states = self.model.encode(batch.tokens)
         return readout_loss(states, self.model.W_U, batch.targets, batch.scored)
+
+    def prepare(self, batch: Sequences) -> None:
+        """What an arm must know of a batch before the model reads it."""
 
     def after_backward(self) -> None:
         """What an arm does to the gradients."""
@@ -175,17 +180,18 @@ class SequenceTraining(L.LightningModule):
         right = total = 0
         for part in self._pieces(self.task.watched):
             mask = part.groups[part.headline]
-            right += int((self._hits(part) & mask).sum())
+            hits = self.model(part.tokens).argmax(dim=-1) == part.targets
+            right += int((hits & mask).sum())
             total += int(mask.sum())
         return right / total
 
-    def _pieces(self, sequences: Sequences) -> Iterator[Sequences]:
-        size = max(1, CELLS // (sequences.tokens.shape[1] * self.model.vocab_size))
+    def _pieces(self, sequences: Sequences, width: int | None = None) -> Iterator[Sequences]:
+        """Some sequences at a time, each ready to be read."""
+        size = max(1, CELLS // (sequences.tokens.shape[1] * (width or self.model.vocab_size)))
         for begin in range(0, len(sequences), size):
-            yield sequences.part(slice(begin, begin + size)).to(self.device)
-
-    def _hits(self, part: Sequences) -> Bool[Tensor, "sequence position"]:
-        return self.model(part.tokens).argmax(dim=-1) == part.targets
+            part = sequences.part(slice(begin, begin + size)).to(self.device)
+            self.prepare(part)
+            yield part
 
     @torch.no_grad()
     def snapshots(self, hooks: Sequence[str], *, full: bool) -> Iterator[Snapshot]:
@@ -202,6 +208,7 @@ class SequenceTraining(L.LightningModule):
         weights = self.model.weights()
         sites = self.model.normalised_sites
         probe = self.task.probe.to(self.device)
+        self.prepare(probe)
         _, cache = self.model.run_with_cache(probe.tokens, names_filter=list(hooks))
         yield Snapshot(
             step=self.updates, split="probe", acts=dict(cache), weights=weights,
@@ -218,6 +225,8 @@ class SequenceTraining(L.LightningModule):
         reached = self.task.ceiling(sequences)
         ceiling = {name: best.accuracy for name, best in reached.items()}
         is_watched = split == "test"
+        if is_watched:
+            self._final = {}
         for part in self._pieces(sequences):
             logits = self.model(part.tokens)
             hits = logits.argmax(dim=-1) == part.targets
@@ -226,6 +235,7 @@ class SequenceTraining(L.LightningModule):
             losses = losses.unflatten(0, hits.shape)
             if is_watched:
                 self._note_excess(part, hits)
+                self._count(part, hits)
             at = part.groups[part.headline]
             yield Snapshot(
                 step=self.updates,
@@ -250,6 +260,11 @@ class SequenceTraining(L.LightningModule):
         difference = torch.where(counted, hits.to(best.dtype) - best, 0.0)
         self._excess.append(difference.sum(dim=1) / counted.sum(dim=1))
 
+    def _count(self, part: Sequences, hits: Bool[Tensor, "sequence position"]) -> None:
+        for name, mask in part.groups.items():
+            right, total = self._final.get(name, (0, 0))
+            self._final[name] = right + int((hits & mask).sum()), total + int(mask.sum())
+
     def _refuse_leaks(self) -> None:
         """Fail where the model is right more often than anything that sees the past alone can be.
 
@@ -270,10 +285,8 @@ class SequenceTraining(L.LightningModule):
     def _class_snapshot(self, hooks: list[str]) -> Snapshot:
         probe = self.task.class_probe
         found: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
-        size = max(1, CELLS // (probe.tokens.shape[1] * self.model.d_model))
-        for begin in range(0, len(probe), size):
-            tokens = probe.tokens[begin : begin + size].to(self.device)
-            for hook, acts in self._streams(tokens, hooks).items():
+        for part in self._pieces(probe, width=self.model.d_model):
+            for hook, acts in streams(self.model, part.tokens, hooks).items():
                 found[hook].append(acts[:, -1:])
         assert probe.classes is not None
         return Snapshot(
@@ -285,17 +298,6 @@ class SequenceTraining(L.LightningModule):
             weights=self.model.weights(),
             normalised_sites=self.model.normalised_sites,
         )
-
-    def _streams(self, tokens: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
-        """Values at hooks, without a readout."""
-        kept: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, hook: Any) -> None:
-            kept[hook.name] = value.detach()
-
-        with self.model.hooks(fwd_hooks=[(hook, keep) for hook in hooks]):
-            self.model.encode(tokens)
-        return kept
 
     def evaluated(self, readings: Mapping[tuple[str, str | None], float]) -> None:
         """Keep the weights where held-out accuracy first enters and leaves the band."""
@@ -333,6 +335,7 @@ class SequenceTraining(L.LightningModule):
         ceiling = self.task.ceiling(self.task.held_out)
         return {
             "steps": self.updates,
+            **{f"accuracy_{name}": right / n for name, (right, n) in self._final.items()},
             **{f"ceiling_{name}": best.accuracy for name, best in ceiling.items()},
             **{f"floor_{name}": best.cross_entropy for name, best in ceiling.items()},
         }
@@ -354,8 +357,20 @@ class SequenceTraining(L.LightningModule):
         self._crossed = dict(state["crossed"])
 
 
+def streams(model: ToyTransformer, tokens: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
+    """Values at hooks, by name, without a readout."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: Any) -> None:
+        kept[hook.name] = value
+
+    with model.hooks(fwd_hooks=[(hook, keep) for hook in hooks]):
+        model.encode(tokens)
+    return kept
+
+
 def _is_stream(hook: str) -> bool:
-    return "hook_resid_" in hook or hook.endswith("_sum")
+    return "hook_resid_" in hook or hook.endswith(("_sum", "ln_final.hook_normalized"))
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -62,6 +62,7 @@ class Snapshot:
         weights: The model's parameters.
         before: Parameters by name at the start of the last stretch of training.
         grads: Gradients by parameter name.
+        modulus: Modular addition: p, where the weights are indexed by residues.
         grid_logits: Modular addition: logits of all pairs (a, b) over the p answers.
         train_pairs: Modular addition: which pairs were trained on.
         key_frequencies: Modular addition: the frequencies that the finished model uses.
@@ -85,6 +86,7 @@ class Snapshot:
     weights: Weights | None = None
     before: Mapping[str, Tensor] = field(default_factory=dict)
     grads: Mapping[str, Tensor] = field(default_factory=dict)
+    modulus: int | None = None
     grid_logits: Float[Tensor, "p p p"] | None = None
     train_pairs: Bool[Tensor, "p p"] | None = None
     key_frequencies: tuple[int, ...] | None = None
@@ -228,7 +230,7 @@ class Metric(torchmetrics.Metric):
         symbol: `Psi`, `G`, `A`, `sigma2` or `other`.
         unit: `1`, `bit`, `nat`, `logit`, `resid`, `rad`, `deg`, `step`, `param`, or products.
         needs: Hook patterns in TransformerLens names, and `logits`, `labels`, `classes`, `params`,
-            `before`, `grads`, `grid_logits`, `train_pairs`, `key_frequencies`, `earlier.<hook>`,
+            `before`, `grads`, `modulus`, `grid_logits`, `train_pairs`, `key_frequencies`, `earlier.<hook>`,
             `initial.<hook>`.
         reads_also: Hook patterns that are read where the model has them.
         axes: What the values are indexed by, of `layer`, `head`, `position`.

@@ -140,6 +140,7 @@ class DPrime(Metric):
     symbol = "Psi"
     unit = "1"
     needs = ("blocks.*.hook_resid_post", "classes", "params")
+    reads_also = ("ln_final.hook_normalized",)
     axes = ("layer",)
     parts = (
         "mean_shift",

@@ -51,7 +51,7 @@ class FourierGini(Metric):
 
     symbol = "other"
     unit = "1"
-    needs = ("params",)
+    needs = ("params", "modulus")
     parts = ("logits",)
     scale_law = {
         **invariant("vo", "qk", "relu", "stream", "rotation"),

@@ -102,7 +102,7 @@ class FourierPower(Metric):
 
     symbol = "other"
     unit = "param"
-    needs = ("params",)
+    needs = ("params", "modulus")
     axes = ("position",)
     parts = ("logits",)
     scale_law = {

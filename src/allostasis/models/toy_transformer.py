@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -13,30 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from allostasis.core.seeding import derive
-from allostasis.core.spaces import LayerWeights, Weights
+from allostasis.core.spaces import LayerWeights, Site, Weights
 from allostasis.models.lens import HookedRootModule, HookPoint
 
 Norm = Literal["pre", "post", "rms", "none"]
 EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the residual stream, as calibration, intervention and log all name it.
-
-    Attributes:
-        name: The hook point.
-        norm_before: Its value has just left a norm, so that its size is the norm's gain.
-        all_readers_normalise: Whatever reads it normalises it first, so that a positive scale per
-            token is undone.
-        feeds_unembed: It is read by the bias-free unembedding alone, so that a positive scale per
-            token changes no argmax.
-    """
-
-    name: str
-    norm_before: bool
-    all_readers_normalise: bool
-    feeds_unembed: bool
 
 
 class LayerNorm(nn.Module):
@@ -48,9 +28,11 @@ class LayerNorm(nn.Module):
         self.hook_normalized = HookPoint()
 
     def forward(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """Normalise each token."""
-        normed = functional.layer_norm(resid, resid.shape[-1:], self.w, self.b, EPS)
-        return self.hook_normalized(normed)
+        """Normalise each token; the hook sees it before gain and bias."""
+        if self.hook_normalized.has_hooks():
+            plain = functional.layer_norm(resid, resid.shape[-1:], eps=EPS)
+            return self.hook_normalized(plain) * self.w + self.b
+        return functional.layer_norm(resid, resid.shape[-1:], self.w, self.b, EPS)
 
 
 class RMSNorm(nn.Module):
@@ -62,8 +44,11 @@ class RMSNorm(nn.Module):
         self.hook_normalized = HookPoint()
 
     def forward(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """Normalise each token."""
-        return self.hook_normalized(functional.rms_norm(resid, resid.shape[-1:], self.w, EPS))
+        """Normalise each token; the hook sees it before the gain."""
+        if self.hook_normalized.has_hooks():
+            plain = functional.rms_norm(resid, resid.shape[-1:], eps=EPS)
+            return self.hook_normalized(plain) * self.w
+        return functional.rms_norm(resid, resid.shape[-1:], self.w, EPS)
 
 
 NORMS = {"pre": LayerNorm, "post": LayerNorm, "rms": RMSNorm}

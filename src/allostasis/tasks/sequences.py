@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float64, Int64
@@ -87,8 +87,14 @@ class Sequences:
         )
 
 
+@runtime_checkable
 class SequenceTask(Protocol):
     """What training on sequences asks of a task."""
+
+    seed: int
+    """The run's seed."""
+    n_classes: int
+    """How many answers the scored positions can have, from 0."""
 
     @property
     def held_out(self) -> Sequences:

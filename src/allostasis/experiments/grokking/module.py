@@ -53,7 +53,8 @@ class Grokking(L.LightningModule):
     """
 
     offers = frozenset({
-        "logits", "labels", "classes", "params", "before", "grads", "grid_logits", "train_pairs",
+        "logits", "labels", "classes", "params", "before", "grads", "modulus", "grid_logits",
+        "train_pairs",
     })  # fmt: skip
     hindsight = frozenset({"key_frequencies"})
 
@@ -214,8 +215,9 @@ class Grokking(L.LightningModule):
         )
         grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         yield Snapshot(
-            step=self.updates, split=None, weights=weights, before=self._before, grads=grads
-        )
+            step=self.updates, split=None, weights=weights, before=self._before, grads=grads,
+            modulus=self.task.p,
+        )  # fmt: skip
 
     def _logits_snapshot(
         self, split: str, pairs: Pairs, grid: Float[Tensor, "p p d_vocab"]

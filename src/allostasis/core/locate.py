@@ -1,0 +1,100 @@
+"""Finds the finished run that another run reads, or has it made first."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf, flag_override
+
+from allostasis.core.config import run_folder
+from allostasis.core.records import RunRecord, read_run
+
+log = logging.getLogger(__name__)
+
+WAIT = 5.0  # seconds between two looks at a run that another process is at
+
+
+def sibling(cfg: DictConfig, condition: str) -> DictConfig:
+    """The config of another arm of the same design, at the same seed and other settings.
+
+    What sets arms apart stands in `conditions`: the entries of one are values of `module`, by the
+    same names. So the sibling has that condition's entries, and everything else as it is here.
+
+    Raises:
+        ValueError: The design has no such condition.
+    """
+    if condition not in cfg.conditions:
+        raise ValueError(
+            f"this run reads a run of condition '{condition}', which the design does not have; "
+            f"it has {', '.join(cfg.conditions)}"
+        )
+    other = copy.deepcopy(cfg)
+    with flag_override(other, ["struct", "readonly"], [False, False]):
+        other.condition, other.force = condition, False
+        other.module = OmegaConf.merge(other.module, other.conditions[condition])
+    return other
+
+
+def finished(
+    cfg: DictConfig, condition: str, make: Callable[[DictConfig, Path], Any]
+) -> RunRecord:
+    """The finished run of another arm; made first where there is none.
+
+    Where another process is at that run, this one waits for it.
+
+    Args:
+        cfg: The config of the run that reads.
+        condition: The arm that is read.
+        make: Does a run of a config in a folder.
+
+    Raises:
+        RuntimeError: The run was made and did not end as `done`.
+    """
+    other = sibling(cfg, condition)
+    folder = run_folder(other)
+    name = f"{other.name} {condition} seed {other.seed}"
+    lock = folder.parent / f".{folder.name}.lock"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while not _is_done(folder):
+        try:
+            with FileLock(lock, timeout=0):
+                pass
+        except Timeout:
+            log.info("waiting for %s, which another process is at", name)
+            time.sleep(WAIT)
+            continue
+        log.info("%s is needed first", name)
+        make(other, folder)
+        if not _is_done(folder):
+            status = read_run(folder).run["status"]
+            raise RuntimeError(
+                f"{name} was needed and ended as '{status}'; see {folder}/run.json. Once it is "
+                "mended the same command goes on."
+            )
+    return read_run(folder)
+
+
+def _is_done(folder: Path) -> bool:
+    path = folder / "run.json"
+    return path.is_file() and read_run(folder).run["status"] == "done"
+
+
+def last_weights(record: RunRecord) -> Path:
+    """The file of a run's last weights.
+
+    Raises:
+        FileNotFoundError: They are not there, for example in a study's records, which keep none.
+    """
+    files = (record.folder / "checkpoints").glob("*.safetensors")
+    found = sorted(files, key=lambda path: int(path.stem))
+    if not found:
+        raise FileNotFoundError(
+            f"{record.folder} keeps no weights; repeat that run with force=true"
+        )
+    return found[-1]

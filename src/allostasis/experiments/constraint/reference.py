@@ -1,0 +1,159 @@
+"""What a clamp takes from other runs: size and class structure of their stream at one site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from allostasis.engines.sequence_training import streams
+from allostasis.models.toy_transformer import ToyTransformer
+from allostasis.tasks.sequences import Sequences
+
+AT_ONCE = 64  # sequences
+FEWEST = 8  # tokens of a class, under which its mean is not known
+PROBES = 64  # random directions of the output
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The stream of one model at one site, over a calibration split.
+
+    Attributes:
+        site: Hook point.
+        n_tokens: Tokens that were read.
+        norm_mean: Mean length of a token's vector.
+        norm_sd: Standard deviation of it.
+        feature_sd_mean: Mean standard deviation over a token's features (no Bessel).
+        overall_sd: Standard deviation of all entries around the mean vector.
+        mean: The mean vector.
+        class_means: Mean vector of each class over the headline positions; then `mean` is over
+            those too.
+        between: Root mean square of ||mu_y - mu|| over those tokens.
+        within: Root mean square of ||r - mu_y|| over those tokens.
+    """
+
+    site: str
+    n_tokens: int
+    norm_mean: float
+    norm_sd: float
+    feature_sd_mean: float
+    overall_sd: float
+    mean: Float[Tensor, " d_model"]
+    class_means: Float[Tensor, "class d_model"] | None = None
+    between: float | None = None
+    within: float | None = None
+
+    def told(self) -> dict[str, Any]:
+        """For run.json."""
+        numbers = {name: value for name, value in vars(self).items() if name != "class_means"}
+        return numbers | {"mean": self.mean.tolist()}
+
+
+@torch.no_grad()
+def measure(
+    model: ToyTransformer, sequences: Sequences, site: str, *, n_classes: int | None = None
+) -> Reference:
+    """Read a model's stream at a site.
+
+    Args:
+        model: With its weights, and without hooks.
+        sequences: The calibration split.
+        site: Hook point.
+        n_classes: Classes of the targets at headline positions; None: classes are not wanted.
+
+    Raises:
+        ValueError: A class has too few tokens for a mean.
+    """
+    parts = list(_read(model, sequences, site))
+    tokens = torch.cat([values.flatten(0, 1) for values, _ in parts]).double()
+    norms, mean = tokens.norm(dim=-1), tokens.mean(dim=0)
+    spread = tokens.std(dim=-1, correction=0)
+    classes = {}
+    if n_classes is not None:
+        rows = torch.cat([v[p.groups[p.headline]] for v, p in parts]).double()
+        labels = torch.cat([p.targets[p.groups[p.headline]] for _, p in parts])
+        classes = _classes(rows, labels, n_classes)
+    dtype = model.W_U.dtype
+    return Reference(
+        site=site,
+        n_tokens=len(tokens),
+        norm_mean=float(norms.mean()),
+        norm_sd=float(norms.std()),
+        feature_sd_mean=float(spread.mean()),
+        overall_sd=float((tokens - mean).square().mean().sqrt()),
+        mean=(classes.pop("mean") if classes else mean).to(dtype),
+        **{k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in classes.items()},
+    )
+
+
+def _read(
+    model: ToyTransformer, sequences: Sequences, site: str
+) -> Iterator[tuple[Tensor, Sequences]]:
+    for begin in range(0, len(sequences), AT_ONCE):
+        part = sequences.part(slice(begin, begin + AT_ONCE)).to(model.W_U.device)
+        yield streams(model, part.tokens, [site])[site], part
+
+
+def _classes(
+    rows: Float64[Tensor, "token d_model"], labels: Int64[Tensor, " token"], n_classes: int
+) -> dict[str, Any]:
+    counts = torch.bincount(labels, minlength=n_classes)
+    if int(counts.min()) < FEWEST:
+        raise ValueError(
+            f"class {int(counts.argmin())} has {int(counts.min())} tokens in the calibration split "
+            f"and needs {FEWEST} for a mean; raise task.n_calibration to about "
+            f"{math.ceil(4 * FEWEST * n_classes * len(rows) / max(1, int(counts.sum())))} or "
+            "take a smaller vocabulary"
+        )
+    sums = torch.zeros(n_classes, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    means = sums.index_add_(0, labels, rows) / counts[:, None]
+    mean = rows.mean(dim=0)
+    return {
+        "mean": mean,
+        "class_means": means,
+        "between": float((means - mean)[labels].square().sum(dim=-1).mean().sqrt()),
+        "within": float((rows - means[labels]).square().sum(dim=-1).mean().sqrt()),
+    }
+
+
+def sensitivity(
+    model: ToyTransformer, sequences: Sequences, site: str, *, seed: int
+) -> Float64[Tensor, "d_model d_model"]:
+    """Mean of J^T J at a site, J the derivative of all later logits by a token's stream.
+
+    Estimated as the mean of g g^T over tokens and PROBES passes, g = J^T v, v ~ N(0, I).
+
+    Args:
+        model: With its weights.
+        sequences: The calibration split; the first AT_ONCE are read.
+        site: Hook point.
+        seed: Draws v.
+
+    Source:
+        Hutchinson (1989), A stochastic estimator of the trace, entry by entry.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    part = sequences.part(slice(AT_ONCE)).to(model.W_U.device)
+    kept: list[Tensor] = []
+
+    def keep(value: Tensor, hook: Any) -> Tensor:
+        del hook
+        kept.append(value.detach().requires_grad_())
+        return kept[-1]
+
+    with torch.enable_grad(), model.hooks(fwd_hooks=[(site, keep)]):
+        logits = model(part.tokens)
+    (value,) = kept
+    total = torch.zeros(model.d_model, model.d_model, dtype=torch.float64, device=value.device)
+    for _ in range(PROBES):
+        direction = torch.randn(logits.shape, generator=generator).to(logits)
+        (gradient,) = torch.autograd.grad(logits, value, direction, retain_graph=True)
+        rows = gradient.flatten(0, 1).double()
+        total += rows.T @ rows / len(rows)
+    return total / PROBES
