@@ -230,8 +230,8 @@ class Metric(torchmetrics.Metric):
         symbol: `Psi`, `G`, `A`, `sigma2` or `other`.
         unit: `1`, `bit`, `nat`, `logit`, `resid`, `rad`, `deg`, `step`, `param`, or products.
         needs: Hook patterns in TransformerLens names, and `logits`, `labels`, `classes`, `params`,
-            `before`, `grads`, `modulus`, `grid_logits`, `train_pairs`, `key_frequencies`, `earlier.<hook>`,
-            `initial.<hook>`.
+            `before`, `grads`, `modulus`, `grid_logits`, `train_pairs`, `key_frequencies`,
+            `earlier.<hook>`, `initial.<hook>`.
         reads_also: Hook patterns that are read where the model has them.
         axes: What the values are indexed by, of `layer`, `head`, `position`.
         parts: Names of the numbers beside the main one; `*` stands for any parameter's name.
