@@ -13,8 +13,12 @@ CONF = Path(__file__).parents[1] / "conf"
 SHORT = {
     "grokking": ["module.max_steps=20"],
     "constraint": [
-        "module.max_steps=20", "module.eval_every=10", "metrics.dense_every=10",
-        "task.n_val=64", "task.n_contexts=4", "task.n_calibration=8000",
+        "module.max_steps=20",
+        "module.eval_every=10",
+        "metrics.dense_every=10",
+        "task.n_val=64",
+        "task.n_contexts=4",
+        "task.n_calibration=8000",
     ],
     "ioi": ["model=tiny", "model.arch=qwen2", "module.heads=['1.0','2.1']"],
 }
