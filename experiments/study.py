@@ -5,7 +5,9 @@
 A study's folder holds design.yaml (command, axes), registered before its first run. Finished runs
 lie under runs/ as run.json, config.yaml, claims.json, metrics.parquet and times.parquet, with the
 further tables that the design's `keep` names; weights stay in the folder's own outputs/, which git
-ignores. An interrupted run goes on where it stopped.
+ignores. An interrupted run goes on where it stopped. A design with `variants` (further overrides by
+name) has one such runs/ and outputs/ in a folder of each variant; one with `needs: cuda` says so
+and runs nothing where there is no GPU.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -52,21 +55,38 @@ def main() -> int:
     options = parser.parse_args()
     study: Path = options.study.resolve()
     design = yaml.safe_load((study / "design.yaml").read_text(encoding="utf-8"))
-    conditions, seeds = design["conditions"], design["seeds"]
-    more = design.get("keep", [])
+    if design.get("needs") == "cuda" and not has_gpu():
+        print(f"{study.name} is registered for a GPU, and torch finds none here; nothing was run")
+        return 2
+    variants = design.get("variants", {"": []})
+    return max(work(study / name, design, words, options.only) for name, words in variants.items())
+
+
+def has_gpu() -> bool:
+    """Whether torch can use a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def work(folder: Path, design: dict[str, Any], variant: list[str], only: list[str]) -> int:
+    """Do the missing runs of a design, or of one variant of it, in a folder."""
+    folder.mkdir(exist_ok=True)
+    conditions, seeds, more = design["conditions"], design["seeds"], design.get("keep", [])
     failed = 0
     for seed, condition in itertools.product(seeds, conditions):
-        keep(study, more)
-        if (condition, seed) in finished(study / "runs"):
+        keep(folder, more)
+        if (condition, seed) in finished(folder / "runs"):
             continue
-        if options.only and condition not in options.only:
+        if only and condition not in only:
             continue
         words = [f"exp={design['exp']}", f"condition={condition}", f"seed={seed}"]
-        words += design["overrides"] + conditions[condition]
-        failed += subprocess.call([sys.executable, "-m", "allostasis", *words], cwd=study) != 0
-    keep(study, more)
-    missing = set(itertools.product(conditions, seeds)) - set(finished(study / "runs"))
-    print(f"{len(missing)} of {len(conditions) * len(seeds)} runs are missing; {failed} failed")
+        words += design["overrides"] + conditions[condition] + variant
+        failed += subprocess.call([sys.executable, "-m", "allostasis", *words], cwd=folder) != 0
+    keep(folder, more)
+    missing = set(itertools.product(conditions, seeds)) - set(finished(folder / "runs"))
+    where = f"{folder.name}: " if variant else ""
+    print(f"{where}{len(missing)} of {len(conditions) * len(seeds)} runs missing; {failed} failed")
     return int(failed > 0)
 
 

@@ -16,6 +16,15 @@ def build(**settings):
     return ToyTransformer(**{**SIZES, **settings})
 
 
+def look(tensor: torch.Tensor, *, hook: object) -> None:
+    del tensor, hook
+
+
+def treble(tensor: torch.Tensor, *, hook: object) -> torch.Tensor:
+    del hook
+    return 3.0 * tensor
+
+
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(20, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -42,7 +51,7 @@ def test_unmasked_mutant_fails_the_leak_test(tokens: torch.Tensor) -> None:
 def test_attention_is_the_same_with_and_without_its_pattern(norm, tokens: torch.Tensor) -> None:
     model = build(norm=norm).double()
     short = model(tokens)
-    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda pattern, hook: None)]):
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", look)]):
         assert_close(model(tokens), short, rtol=1e-10, atol=1e-12)
 
 
@@ -91,11 +100,11 @@ def test_sites_say_what_stands_around_them(norm, tokens: torch.Tensor) -> None:
         torch.nn.init.normal_(block.mlp.b_in)
     clean = model(tokens)
     for name, site in model.sites().items():
-        with model.hooks(fwd_hooks=[(name, lambda value, hook: 3.0 * value)]):
+        with model.hooks(fwd_hooks=[(name, treble)]):
             moved = float((model(tokens) - clean).abs().max())
         assert (moved < 1e-3) == site.all_readers_normalise, name
         if site.feeds_unembed:
-            with model.hooks(fwd_hooks=[(name, lambda value, hook: 3.0 * value)]):
+            with model.hooks(fwd_hooks=[(name, treble)]):
                 assert_close(model(tokens), 3 * clean)
     last = model.sites()["blocks.1.hook_resid_post"]
     assert last.feeds_unembed == (norm == "none")
@@ -126,7 +135,7 @@ def test_groups_part_the_parameters_and_seeds_the_weights() -> None:
     assert not torch.equal(build(seed=1).W_E, model.W_E)
 
 
-def test_what_does_not_fit_is_refused(tokens: torch.Tensor) -> None:
+def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot be shared among n_heads=3"):
         build(n_heads=3)
     with pytest.raises(ValueError, match="final_norm=true needs a kind of norm"):

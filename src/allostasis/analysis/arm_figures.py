@@ -161,7 +161,7 @@ def _mark_first(axis: Axes, pairs: Sequence[Curve], colour: str) -> None:
 
 
 def ends(arms: Sequence[Arm], quantities: Sequence[Quantity]) -> Canvas:
-    """What each arm ends with: a panel a quantity, a row an arm; a point a seed, a box from five."""
+    """What each arm ends with: a panel a quantity, a row an arm, points and a box of its seeds."""
     with style() as plt:
         figure, axes = plt.subplots(
             1, len(quantities), figsize=(3.1 * len(quantities) + 2.2, 0.32 * len(arms) + 1.3),
