@@ -129,9 +129,7 @@ class SequenceTask(Protocol):
         """The best that any predictor can expect on these sequences, by group."""
         ...
 
-    def expected_accuracy(
-        self, sequences: Sequences
-    ) -> Float64[Tensor, "sequence position"]:
+    def expected_accuracy(self, sequences: Sequences) -> Float64[Tensor, "sequence position"]:
         """How often the best predictor is right at each position."""
         ...
 
