@@ -47,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path
     root = tmp_path_factory.mktemp("runs")
     folders = {}
     for exp, condition in ARMS:
-        cfg = compose(exp, f"condition={condition}", "seed=42")
+        cfg = compose(exp, f"condition='{condition}'", "seed=42")
         folders[exp, condition] = root / run_folder(cfg)
         run(cfg, folders[exp, condition])
     return folders

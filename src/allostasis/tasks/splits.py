@@ -53,29 +53,31 @@ def quotas(n_sequences: int) -> dict[Split, int]:
     return found
 
 
-def divide(
-    items: Iterable[Int64[Tensor, " token"]], n_sequences: int
-) -> dict[Split, Int64[Tensor, "sequence token"]]:
+def divide(items: Iterable[Int64[Tensor, " token"]], n_sequences: int) -> dict[Split, list[int]]:
     """Take sequences in order until every split has its quota.
 
     Args:
         items: Sequences of one length; one that repeats is taken once.
         n_sequences: How many in all.
 
+    Returns:
+        Which of the items each split has.
+
     Raises:
         ValueError: The items end before every split is full.
     """
-    wanted, seen = quotas(n_sequences), set()
-    found: dict[Split, list[Tensor]] = {split: [] for split in SPLITS}
-    for tokens in items:
+    wanted = quotas(n_sequences)
+    seen: set[tuple[int, ...]] = set()
+    found: dict[Split, list[int]] = {split: [] for split in SPLITS}
+    for index, tokens in enumerate(items):
         split, key = split_of(tokens), tuple(tokens.tolist())
         if key in seen or len(found[split]) == wanted[split]:
             continue
         seen.add(key)
-        found[split].append(tokens)
+        found[split].append(index)
         if all(len(found[name]) == wanted[name] for name in SPLITS):
-            return {name: torch.stack(some) for name, some in found.items()}
-    counts = {name: f"{len(found[name])} of {wanted[name]}" for name in SPLITS}
+            return found
+    counts = ", ".join(f"{name} {len(found[name])} of {wanted[name]}" for name in SPLITS)
     raise ValueError(f"there are too few sequences for n_sequences={n_sequences}: {counts}")
 
 

@@ -71,8 +71,18 @@ class Text(L.LightningDataModule):
         Raises:
             ValueError: The text does not hold as many sequences.
         """
-        tokens = divide(self._items(encode), self.n_sequences)
-        return {split: next_tokens(some) for split, some in tokens.items()}
+        items: list[Int64[Tensor, " token"]] = []
+
+        def kept() -> Iterator[Int64[Tensor, " token"]]:
+            for tokens in self._items(encode):
+                items.append(tokens)
+                yield tokens
+
+        found = divide(kept(), self.n_sequences)
+        return {
+            split: next_tokens(torch.stack([items[index] for index in chosen]))
+            for split, chosen in found.items()
+        }
 
     def _items(self, encode: Encode) -> Iterator[Int64[Tensor, " token"]]:
         passages = self.passages()
