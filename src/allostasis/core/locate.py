@@ -41,9 +41,7 @@ def sibling(cfg: DictConfig, condition: str) -> DictConfig:
     return other
 
 
-def finished(
-    cfg: DictConfig, condition: str, make: Callable[[DictConfig, Path], Any]
-) -> RunRecord:
+def finished(cfg: DictConfig, condition: str, make: Callable[[DictConfig, Path], Any]) -> RunRecord:
     """The finished run of another arm; made first where there is none.
 
     Where another process is at that run, this one waits for it.

@@ -21,8 +21,8 @@ from allostasis.experiments.constraint import reference as calibrate
 from allostasis.experiments.constraint.reference import Reference
 from allostasis.interventions.clamp import (
     Attached,
-    ClassClamp,
     Clamp,
+    ClassClamp,
     InertError,
     NormClamp,
     PlaceboClamp,
@@ -104,9 +104,7 @@ class Constraint(SequenceTraining):
             schedule=schedule,
         )
         self.plan = clamp or Plan()
-        self.frozen = Freeze(
-            dict(model.named_parameters()), kind=freeze, heads=list(frozen_heads)
-        )
+        self.frozen = Freeze(dict(model.named_parameters()), kind=freeze, heads=list(frozen_heads))
         self.allow_inert = allow_inert
         self.label = self._check_site()
         self.attached: Attached | None = None
@@ -118,9 +116,7 @@ class Constraint(SequenceTraining):
             return ""
         try:
             sites = self.model.sites()
-            label = check_site(
-                self.plan.site, sites, kind=self.plan.kind, norm=self.model.norm
-            )
+            label = check_site(self.plan.site, sites, kind=self.plan.kind, norm=self.model.norm)
         except InertError as error:
             if not self.allow_inert:
                 raise
@@ -147,7 +143,8 @@ class Constraint(SequenceTraining):
             self._trained(earlier["control"]), self.task.calibration, site, n_classes=n_classes
         )
         told: dict[str, Any] = {
-            "reference": control.told() | {
+            "reference": control.told()
+            | {
                 "control": earlier["control"].run["run_id"],
                 "split": "calibration",
                 "split_sha256": self.task.calibration.sha256,
@@ -255,9 +252,7 @@ class Constraint(SequenceTraining):
             "effect_gradient": max(
                 float((on_gradient[k] - off_gradient[k]).abs().max()) for k in on_gradient
             ),
-            "effect_argmax": float(
-                (on_logits.argmax(-1) != off_logits.argmax(-1)).double().mean()
-            ),
+            "effect_argmax": float((on_logits.argmax(-1) != off_logits.argmax(-1)).double().mean()),
             "hook_calls": self.attached.calls - before,
         }
         if facts["hook_calls"] != 1:

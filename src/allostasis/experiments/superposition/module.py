@@ -223,8 +223,9 @@ class Superposition(L.LightningModule):
     def _planted(self, found: Collected) -> None:
         splits = self._trained(found)
         facts = planted.check_plants(
-            self.toy, splits, self.patterns.calibration.to(self.device), n_plants=self.n_plants, values=self.values, seed=self.task.seed,
-            rule=self.rule, found=found,
+            self.toy, splits, self.patterns.calibration.to(self.device),
+            n_plants=self.n_plants, values=self.values, seed=self.task.seed, rule=self.rule,
+            found=found,
         )  # fmt: skip
         self.facts["plants"] = facts
         checks = {"every_costly_plant_is_found": facts["n_costly_found"] == facts["n_costly"]}

@@ -20,7 +20,6 @@ from allostasis.models.toy_transformer import Block, ToyTransformer
 from allostasis.tasks.sequences import Sequences
 from allostasis.tasks.splits import Split, next_tokens, quotas
 
-
 NULL_SEQUENCES = 256
 """Sequences of each data set of an untrained model, of all splits together."""
 
@@ -89,8 +88,8 @@ def _untrained(
     """Models as they begin, each on its own tokens without any pattern.
 
     A head of such a model has a small effect of its own: what it writes is noise, and without noise
-    the prediction is nearer to the best one, which is none. Selecting it is then right, so that what
-    is selected is looked at again on fresh sequences; only what has no effect there is false.
+    the prediction is nearer to the best one, which is none. Selecting it is then right, so that
+    what is selected is looked at again on fresh sequences; only what has no effect there is false.
     """
     generator = torch.Generator().manual_seed(derive(seed, "control"))
     rows: list[dict[str, Any]] = []
