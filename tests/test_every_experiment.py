@@ -12,6 +12,19 @@ from omegaconf import DictConfig
 CONF = Path(__file__).parents[1] / "conf"
 SHORT = {
     "grokking": ["module.max_steps=20"],
+    "superposition": [
+        "model=tiny",
+        "model.arch=llama",
+        "task.n_sequences=16",
+        "task.n_tokens=16",
+        "module.n_steps=20",
+        "module.n_sequences=32",
+        "module.n_plants=1",
+        "module.n_sets=4",
+        "module.grid.n_steps=20",
+        "module.draws=200",
+        "module.outer=5",
+    ],
     "ioi": ["model=tiny", "model.arch=qwen2", "module.heads=['1.0','2.1']"],
 }
 ARMS = [
@@ -102,7 +115,8 @@ def test_the_log_format_of_the_documents_is_there(
     assert log["metadata"].keys() == {"experiment", "seed", "start_time", "git_commit"}
     assert log["metadata"]["experiment"].endswith(condition)
     if (exp, condition) not in TRAINED:
-        assert [row["step"] for row in log["metrics"]] == [0]
+        metrics = pd.read_parquet(runs[exp, condition] / "metrics.parquet")
+        assert [row["step"] for row in log["metrics"]] == sorted(metrics["step"].unique())
         return
     keys = {"step", "timestamp", "psi_accuracy", "A_activation", "A_param", "sigma_sq"}
     assert keys <= log["metrics"][-1].keys()

@@ -208,13 +208,13 @@ def divergence(arms: Sequence[Arm]) -> Canvas:
         )
         for axis, layer in zip(axes[0], layers, strict=True):
             here = rows[rows["layer"] == layer]
-            for head, curve in here.groupby("head"):
-                is_one = f"{layer}.{int(str(int(float(str(head)))))}" in scan["selected"]
-                curve = curve.sort_values("step")
+            for head in sorted(here["head"].astype(int).unique()):
+                is_one = f"{layer}.{head}" in scan["selected"]
+                curve = here[here["head"] == head].sort_values("step")
                 axis.plot(
                     curve["step"], curve["value"], color=RED if is_one else BLUE,
-                    alpha=1 if is_one else 0.6, label=f"head {int(float(str(head)))}",
-                    ls=("-", "--", ":", "-.")[int(float(str(head))) % 4],
+                    alpha=1 if is_one else 0.6, label=f"head {head}",
+                    ls=("-", "--", ":", "-.")[head % 4],
                 )  # fmt: skip
             axis.set(title=f"layer {layer}", xlabel=STEPS, yscale="log")
         axes[0, -1].legend()

@@ -22,6 +22,8 @@ from allostasis.tasks.splits import Split, next_tokens, quotas
 
 NULL_SEQUENCES = 256
 """Sequences of each data set of an untrained model, of all splits together."""
+SIMULATED = 10
+"""Simulated data sets for each of an untrained model."""
 
 
 def iid_sequences(
@@ -70,9 +72,10 @@ def check_nulls(
         found.read(
             f"null.random_signs_{value}", rate, n=200, symbol="Psi", unit="1", split="select"
         )
-    coverage = relabelled_coverage(survey.rng)
+    n_simulated = SIMULATED * n_sets
+    coverage = relabelled_coverage(survey.rng, n_sets=n_simulated)
     facts["relabelled_coverage"] = coverage
-    found.read("null.coverage", coverage, n=1_000, symbol="sigma2", unit="1", split="measure")
+    found.read("null.coverage", coverage, n=n_simulated, symbol="sigma2", unit="1", split="measure")
     return facts
 
 
