@@ -8,7 +8,7 @@ in, so that a cluster that two seeds drew counts once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,8 +90,11 @@ def prompts(arm: Arm, table: Table, select: Select) -> pd.DataFrame:
 
 def _none_found(arm: Arm, ablation: str | None) -> str:
     """Why runs that look for something have nothing to tell of it; empty where they found it."""
-    reasons = [(run.seed, (run.summary.get("no_ratio") or {})) for run in arm.runs]
-    told = [f"seed {seed}: {why[ablation]}" for seed, why in reasons if ablation in why]
+    told = []
+    for run in arm.runs:
+        why = run.summary.get("no_ratio")
+        if isinstance(why, Mapping) and ablation in why:
+            told.append(f"seed {run.seed}: {why[ablation]}")
     return "; ".join(told) if len(told) == len(arm.runs) else ""
 
 
@@ -184,9 +187,10 @@ def _by_layer(arm: Arm, rows: pd.DataFrame, values: Column | Pair) -> Sample:
     """
     assert isinstance(values, tuple), "a ratio is made of a pair"
     found: dict[int, Totals] = {}
-    there = rows["layer"].notna() & np.isfinite(values).all(axis=0)
-    for layer in sorted(rows.loc[there, "layer"].unique()):
-        here = (there & (rows["layer"] == layer)).to_numpy()
+    layers = rows["layer"].to_numpy(dtype=float, na_value=np.nan)
+    there = np.isfinite(layers) & np.isfinite(values).all(axis=0)
+    for layer in np.unique(layers[there]):
+        here = there & (layers == layer)
         found[int(layer)] = add_up(rows[here], (values[0][here], values[1][here]))
     if not found:
         raise UndefinedError("no sequence has a value in any layer")

@@ -99,7 +99,10 @@ def variances(arms: Sequence[Arm]) -> Canvas:
                 for place, layer in enumerate(layers):
                     _box(axis, place + shift, rows[mask & (rows["layer"] == layer)], colour)
             axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-            axis.set(yscale="log", xlabel="layer", title=f"{_name(run)}, {value}")
+            axis.set(
+                yscale="log", xlabel="layer", title=f"{_name(run)}, {value}",
+                xlim=(-0.6, len(layers) - 0.4),
+            )  # fmt: skip
             handles = [
                 plt.Line2D([], [], ls="", marker="o", color=colour, label=label)
                 for colour, label in ((BLUE, "clean"), (RED, f"suppressor ({chosen.sum()})"))
@@ -180,10 +183,10 @@ def plants(arms: Sequence[Arm]) -> Canvas:
         figure, axis = plt.subplots(figsize=(7.2, 3.4))
         for place, row in found.iterrows():
             colour = RED if row["planted_ratio"] > 2 else BLUE
-            axis.plot([place] * 2, [row["ratio_low"], row["ratio_high"]], color=colour, lw=1.4)
-            axis.plot(
-                place, row["ratio"], "o", ms=5, color=colour,
-                mfc=colour if row["is_found"] else "white",
+            off = [[row["ratio"] - row["ratio_low"]], [row["ratio_high"] - row["ratio"]]]
+            axis.errorbar(
+                place, row["ratio"], yerr=off, fmt="o", ms=3, color=colour, elinewidth=1.2,
+                capsize=4, mfc=colour if row["is_found"] else "white",
             )  # fmt: skip
         for ratio in sorted(found["planted_ratio"].unique()):
             axis.axhline(ratio, color=GREY, ls="--", lw=1)
@@ -245,7 +248,7 @@ def dimensionality(arms: Sequence[Arm]) -> Canvas:
                     cell = cell[cell["hidden"] == m]
                     scatter = np.exp(0.12 * ((np.arange(len(cell)) * 0.618) % 1 - 0.5))
                     axis.plot(
-                        cell["density"] * scatter * 1.25 ** (2 * index - 1),
+                        cell["density"] * scatter * 1.4 ** (index - (len(hidden) - 1) / 2),
                         cell["dimensionality"], "o", ms=3, color=colour, alpha=0.5, mew=0,
                         label=f"m = {m}",
                     )  # fmt: skip

@@ -331,11 +331,10 @@ def conjunction(atoms: Sequence[Result]) -> Verdict:
 def agreement(atoms: Sequence[Result]) -> Verdict:
     """The word that all atoms have; undecided where they differ or are undecided themselves."""
     words = {atom.claim.id: atom.verdict.word for atom in atoms}
-    if len({*words.values()}) == 1:
-        word = next(iter(words.values()))
-        if word != "undecided":
-            return Verdict(word, f"all of {', '.join(words)}")
-        return Verdict(word, f"not decided: {', '.join(words)}")
+    first = atoms[0].verdict.word
+    if all(word == first for word in words.values()):
+        verb = "not decided" if first == "undecided" else "all of"
+        return Verdict(first, f"{verb}: {', '.join(words)}")
     told = ", ".join(f"{name} {word}" for name, word in words.items())
     return Verdict("undecided", f"they do not agree: {told}")
 

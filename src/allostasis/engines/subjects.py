@@ -190,7 +190,7 @@ class ToySubject:
             for begin in range(0, len(found), len(heads))
         ], dim=1)  # fmt: skip
 
-    def _hooks(self, heads: Sequence[Head], filling: Filling) -> list[tuple[str, Callable]]:
+    def _hooks(self, heads: Sequence[Head], filling: Filling) -> list[Any]:
         def replace(layer: int, which: list[int]) -> Callable:
             def change(z: Tensor, hook: Any) -> Tensor:
                 del hook

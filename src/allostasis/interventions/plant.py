@@ -14,13 +14,40 @@ from torch import Tensor
 class Heads(Protocol):
     """An attention whose weights have a head axis first."""
 
-    W_Q: Tensor
-    W_K: Tensor
-    W_V: Tensor
-    W_O: Tensor
-    b_Q: Tensor
-    b_K: Tensor
-    b_V: Tensor
+    @property
+    def W_Q(self) -> Tensor:
+        """Query weights."""
+        ...
+
+    @property
+    def W_K(self) -> Tensor:
+        """Key weights."""
+        ...
+
+    @property
+    def W_V(self) -> Tensor:
+        """Value weights."""
+        ...
+
+    @property
+    def W_O(self) -> Tensor:
+        """Output weights."""
+        ...
+
+    @property
+    def b_Q(self) -> Tensor:
+        """Query biases."""
+        ...
+
+    @property
+    def b_K(self) -> Tensor:
+        """Key biases."""
+        ...
+
+    @property
+    def b_V(self) -> Tensor:
+        """Value biases."""
+        ...
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ def quotas(n_sequences: int) -> dict[Split, int]:
         >>> quotas(512)
         {'calibrate': 128, 'select': 192, 'measure': 192}
     """
-    found = {split: int(share * n_sequences) for split, share in SHARES.items()}
+    found: dict[Split, int] = {split: int(share * n_sequences) for split, share in SHARES.items()}
     if min(found.values()) < 2:
         raise ValueError(
             f"n_sequences={n_sequences} leaves a split with fewer than two; take at least 8"

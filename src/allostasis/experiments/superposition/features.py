@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -179,7 +179,7 @@ def _cell(
     }
 
 
-def _key(cell: dict[str, Any]) -> str:
+def _key(cell: Mapping[Any, Any]) -> str:
     return (
         f"m={cell['hidden']},n/m={cell['ratio']},density={cell['density']:g},"
         f"decay={cell['decay']:g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from allostasis.core.seeding import derive
 from allostasis.engines.subjects import Head, ToySubject, Value
 from allostasis.experiments.superposition.collected import Collected
 from allostasis.experiments.superposition.survey import Rule, Survey
-from allostasis.models.toy_transformer import Block, ToyTransformer
+from allostasis.models.toy_transformer import Block, Norm, ToyTransformer
 from allostasis.tasks.sequences import Sequences
 from allostasis.tasks.splits import Split, next_tokens, quotas
 
@@ -104,10 +104,10 @@ def _untrained(
         model = ToyTransformer(
             seed=drawn, vocab_size=like.vocab_size, seq_len=like.seq_len, d_model=like.d_model,
             n_layers=like.n_layers, n_heads=like.n_heads, d_ff=block.mlp.W_in.shape[1],
-            norm=like.norm,
+            norm=cast(Norm, like.norm),
         ).to(device)  # fmt: skip
-        drawn_splits = iid_sequences(NULL_SEQUENCES, like.seq_len, like.vocab_size, generator)
-        splits = {split: batch.to(device) for split, batch in drawn_splits.items()}
+        fresh = iid_sequences(NULL_SEQUENCES, like.seq_len, like.vocab_size, generator)
+        splits: dict[Split, Sequences] = {split: batch.to(device) for split, batch in fresh.items()}
         survey = Survey(ToySubject(model), splits, heads, seed=drawn, rule=rule)
         for value in values:
             seen = survey.detect(survey.effects(value, "select"))

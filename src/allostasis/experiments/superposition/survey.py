@@ -198,14 +198,12 @@ class Survey:
             parts = class_variances(flat, self.subject.W_O(layer), batch.targets.flatten())
             for head in [h for at, h in self.heads if at == layer]:
                 at: dict[str, Any] = {"layer": layer, "head": head, "split": "measure", "n": n}
-                unit = {"symbol": "sigma2", "unit": "resid^2"}
-                found.read("head_write_variance", variances[layer, head], **at, **unit)
+                at |= {"symbol": "sigma2", "unit": "resid^2"}
+                found.read("head_write_variance", variances[layer, head], **at)
                 for part, value in parts.items():
-                    found.read(f"head_write_variance.{part}", float(value[head]), **at, **unit)
-                found.read(
-                    "attention_entropy.nats", float(entropy[layer][head]), symbol="G", unit="nat",
-                    **at,
-                )  # fmt: skip
+                    found.read(f"head_write_variance.{part}", float(value[head]), **at)
+                at |= {"symbol": "G", "unit": "nat"}
+                found.read("attention_entropy.nats", float(entropy[layer][head]), **at)
 
     @torch.no_grad()
     def _entropies(self) -> Float[Tensor, "layer head"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -18,7 +19,7 @@ from allostasis.experiments.superposition.collected import Collected
 from allostasis.metrics.head_write_variance import deviations
 from allostasis.models.toy_transformer import ToyTransformer
 from allostasis.tasks.interleaved_patterns import InterleavedPatterns
-from allostasis.tasks.sequences import Sequences
+from allostasis.tasks.sequences import Sequences, SequenceTask
 from allostasis.tasks.splits import Split, divide
 
 LOOKS = 20
@@ -93,7 +94,9 @@ def train(
             found.readings += json.loads(file.metadata()["readings"])
         model.load_state_dict(load_file(keep))
         return
-    training = SequenceTraining(model=model, task=task, max_steps=n_steps, lr=lr)
+    training = SequenceTraining(
+        model=model, task=cast(SequenceTask, task), max_steps=n_steps, lr=lr
+    )
     training.to(model.W_E.device)
     optimiser = training.configure_optimizers()
     tick = Ticker(name, noun="updates")
