@@ -198,7 +198,7 @@ def _read_cells(cells: Sequence[dict[str, Any]], found: Collected) -> None:
         for name, (metric, symbol, unit) in names.items():
             if cell[name] is not None:
                 found.read(
-                    metric, cell[name], n=1, symbol=symbol, unit=unit, split="features",
+                    metric, float(cell[name]), n=1, symbol=symbol, unit=unit, split="features",
                     intervention=_key(cell),
                 )  # fmt: skip
 
@@ -215,6 +215,6 @@ def _read_features(table: pd.DataFrame, found: Collected) -> None:
         for name, (metric, symbol, unit) in names.items():
             if pd.notna(row[name]):
                 found.read(
-                    metric, row[name], n=1, symbol=symbol, unit=unit, split="features",
+                    metric, float(row[name]), n=1, symbol=symbol, unit=unit, split="features",
                     position=row["feature"], intervention=_key(row),
                 )  # fmt: skip

@@ -108,7 +108,7 @@ class Superposition(L.LightningModule):
         """
         if self.arm == "toy_models":
             return self._prove_gradient()
-        splits = self._splits()
+        splits = self.splits
         batch = splits["select"].part(slice(8))
         subject = self._subject()
         layer = subject.n_layers // 2
@@ -144,7 +144,9 @@ class Superposition(L.LightningModule):
             do[self.arm](found)
         return {"tables": found.tables()}
 
-    def _splits(self) -> dict[Split, Sequences]:
+    @cached_property
+    def splits(self) -> dict[Split, Sequences]:
+        """The arm's sequences, on its device."""
         if self.arm == "language_model":
             drawn = self.task.build(self.language_model.encode)
         else:
@@ -167,14 +169,15 @@ class Superposition(L.LightningModule):
 
     def _trained(self, found: Collected) -> dict[Split, Sequences]:
         """Train the toy transformer; its sequences, of which it has seen none."""
-        splits = self._splits()
+        splits = self.splits
         train(
             self.toy, self.patterns, n_steps=self.n_steps, lr=self.lr, watch=splits["measure"],
             found=found, keep=self.workspace / "trained.safetensors",
             name=f"superposition {self.arm} seed {self.task.seed}",
         )  # fmt: skip
         self.toy.requires_grad_(False)
-        reached = score(self.toy, self.patterns, splits["measure"])
+        ceiling = self.patterns.ceiling(splits["measure"])["predictable"].accuracy
+        reached = score(self.toy, splits["measure"], ceiling)
         self._summary = {
             "steps": self.n_steps, "accuracy": reached.accuracy, "ceiling": reached.ceiling,
             "loss": reached.loss,
@@ -190,7 +193,7 @@ class Superposition(L.LightningModule):
             "model": {**model.identity, "title": model.title},
             "tokenizer": model.facts,
         }
-        splits = self._splits()
+        splits = self.splits
         with torch.no_grad():
             loss = float(self._subject().losses(splits["measure"]).mean())
         self._summary = {"steps": 0, "loss": loss}

@@ -58,11 +58,11 @@ class Score:
 
 
 @torch.no_grad()
-def score(model: ToyTransformer, task: InterleavedPatterns, batch: Sequences) -> Score:
-    """Accuracy and loss on the scored positions of some sequences."""
+def score(model: ToyTransformer, batch: Sequences, ceiling: float) -> Score:
+    """Accuracy and loss on the scored positions of some sequences, beside what can be reached."""
     right = (model(batch.tokens).argmax(dim=-1) == batch.targets)[batch.scored]
-    best = task.ceiling(batch)["predictable"].accuracy
-    return Score(float(right.double().mean()), best, float(ToySubject(model).losses(batch).mean()))
+    loss = float(ToySubject(model).losses(batch).mean())
+    return Score(float(right.double().mean()), ceiling, loss)
 
 
 def train(
@@ -101,10 +101,10 @@ def train(
     optimiser = training.configure_optimizers()
     tick = Ticker(name, noun="updates")
     at = {round(n_steps * look / LOOKS) for look in range(LOOKS + 1)}
-    rows = Collected()
+    rows, ceiling = Collected(), task.ceiling(watch)["predictable"].accuracy
     for step in range(n_steps + 1):
         if step in at:
-            _look(model, task, watch, replace(rows, step=step))
+            _look(model, watch, ceiling, replace(rows, step=step))
         if step == n_steps:
             break
         for group in optimiser.param_groups:
@@ -121,10 +121,8 @@ def train(
 
 
 @torch.no_grad()
-def _look(
-    model: ToyTransformer, task: InterleavedPatterns, watch: Sequences, rows: Collected
-) -> None:
-    subject, reached = ToySubject(model), score(model, task, watch)
+def _look(model: ToyTransformer, watch: Sequences, ceiling: float, rows: Collected) -> None:
+    subject, reached = ToySubject(model), score(model, watch, ceiling)
     n = int(watch.scored.sum())
     at = {"split": "measure", "n": n}
     rows.read("accuracy.predictable", reached.accuracy, symbol="Psi", unit="1", **at)
