@@ -38,7 +38,7 @@ grokking: .venv/installed ## the whole grokking design: both conditions, eight s
 ioi: .venv/smollm2 ## the IOI audit of SmolLM2: all conditions (an hour; ARGS=... adds overrides)
 	$(RUN) +exp=ioi -m $(ARGS)
 
-superposition: .venv/smollm2 ## suppressors and their variance: five arms, eight seeds (a day, most in the language model; ARGS=...)
+superposition: .venv/smollm2 ## suppressors and their variance: five arms, eight seeds (days on two cores, most for the language model; ARGS=... adds overrides)
 	$(RUN) +exp=superposition -m $(ARGS)
 
 report: .venv/installed ## figures and claims for everything under outputs/

@@ -91,15 +91,17 @@ class HeadWriteVariance(Metric):
             all tokens, never by a snapshot.
         within: Variance around them, likewise.
         ratio_*: Mean over suppressors over mean over clean heads, geometric mean over layers
-            (E1), where <group> is what stood in the heads' place: `ratio_<group>`.
+            (E1), where <group> is what stood in the heads' place: `ratio_<group>`; likewise
+            `layer_ratio_<group>` of one layer.
+        trained: The main value along training, on held-out sequences.
     """
 
     symbol = "sigma2"
     unit = "resid^2"
     needs = ("blocks.*.attn.hook_z", "params")
     axes = ("layer", "head")
-    parts = ("between", "within", "ratio_*")
-    part_units = {"ratio_*": "1"}
+    parts = ("between", "within", "ratio_*", "layer_ratio_*", "trained")
+    part_units = {"ratio_*": "1", "layer_ratio_*": "1"}
     scale_law = {**invariant("vo", "qk", "relu", "gain", "rotation"), "stream": 2}
     functional = False
     direction = "high: the head writes different things at different tokens"
