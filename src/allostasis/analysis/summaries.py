@@ -174,15 +174,15 @@ def spearman_velocity_uniform(curve: Curve, run: RunView) -> float:
 
 def head_variance_ratio(run: RunView, value: str) -> float:
     """Variance of suppressors' writes over clean heads' (E1), found by one kind of ablation."""
-    return _ratio_of(run, f"head_write_variance.ratio_{value}", value)
+    return _ratio_of(f"head_write_variance.ratio_{value}", run, value)
 
 
 def stream_variance_ratio(run: RunView, value: str) -> float:
     """Variance of the last residual stream, suppressors ablated over intact (E2)."""
-    return _ratio_of(run, f"residual_variance.ratio_{value}", value)
+    return _ratio_of(f"residual_variance.ratio_{value}", run, value)
 
 
-def _ratio_of(run: RunView, metric: str, value: str) -> float:
+def _ratio_of(metric: str, run: RunView, value: str) -> float:
     nothing = run.summary.get("no_ratio")
     if isinstance(nothing, Mapping) and value in nothing:
         raise UndefinedError(f"{nothing[value]} ({value} ablation)")
