@@ -53,9 +53,12 @@ def main() -> int:
             n_layers=options.n_layers,
         )
 
+    def look(tensor: torch.Tensor, *, hook: object) -> None:
+        del tensor, hook
+
     plain, ours = model(), model()
     for block in plain.blocks:  # attention as it is written in a textbook
-        block.attn.hook_pattern.add_hook(lambda pattern, hook: None, is_permanent=True)
+        block.attn.hook_pattern.add_hook(look, is_permanent=True)
     optimisers = {
         "plain": torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0),
         "ours": torch.optim.AdamW(ours.parameters(), lr=1e-3, weight_decay=0.0, fused=True),

@@ -13,17 +13,13 @@ CONF = Path(__file__).parents[1] / "conf"
 SHORT = {
     "grokking": ["module.max_steps=20"],
     "superposition": [
-        "model=tiny",
-        "model.arch=llama",
-        "task.n_sequences=16",
-        "task.n_tokens=16",
-        "module.n_steps=20",
-        "module.n_sequences=32",
-        "module.n_plants=1",
-        "module.n_sets=4",
-        "module.grid.n_steps=20",
-        "module.draws=200",
-        "module.outer=5",
+        "model=tiny", "model.arch=llama", "task.n_sequences=16", "task.n_tokens=16",
+        "module.n_steps=20", "module.n_sequences=32", "module.n_plants=1", "module.n_sets=4",
+        "module.grid.n_steps=20", "module.draws=200", "module.outer=5",
+    ],
+    "constraint": [
+        "module.max_steps=20", "module.eval_every=10", "metrics.dense_every=10",
+        "task.n_val=64", "task.n_contexts=4", "task.n_calibration=8000",
     ],
     "ioi": ["model=tiny", "model.arch=qwen2", "module.heads=['1.0','2.1']"],
 }
@@ -32,11 +28,15 @@ ARMS = [
     for path in sorted((CONF / "exp").glob("*.yaml"))
     for condition in yaml.safe_load(path.read_text())["conditions"]
 ]
-TRAINED = [
-    (exp, condition)
-    for exp, condition in ARMS
-    if "fit" in yaml.safe_load((CONF / "exp" / f"{exp}.yaml").read_text())["stages"]
-]
+
+
+def trains(exp: str, condition: str) -> bool:
+    content = yaml.safe_load((CONF / "exp" / f"{exp}.yaml").read_text())
+    clamp = content["conditions"][condition].get("clamp", {})
+    return "fit" in content["stages"] and clamp.get("phase") != "eval_only"
+
+
+TRAINED = [arm for arm in ARMS if trains(*arm)]
 
 
 def compose(exp: str, *overrides: str) -> DictConfig:
@@ -99,7 +99,8 @@ def test_tables_hold_steps_0_and_last_and_layers_from_0(
 ) -> None:
     metrics = pd.read_parquet(runs[exp, condition] / "metrics.parquet")
     assert {0, 20} <= set(metrics["step"])
-    assert set(metrics["layer"].dropna()) == {0}
+    n_layers = compose(exp).model.get("n_layers", 1)
+    assert set(metrics["layer"].dropna()) == set(range(n_layers))
     assert set(metrics["head"].dropna()) == {0, 1, 2, 3}
     assert not metrics.duplicated(["step", "split", "metric", "layer", "head", "position"]).any()
     symbols = set(metrics["symbol"])

@@ -63,7 +63,7 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
         error: BaseException | None = None
         logger = None
         try:
-            earlier = _read_first(cfg)
+            earlier = _read_first(cfg, folder)
             logger = loggers.build(cfg.logger, identity=identity, folder=folder)
             # NumPy's own BLAS threads would spin against torch's for the same cores
             with threadpool_limits(1, user_api="blas"):
@@ -112,10 +112,10 @@ def _open(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) -> 
     return identity
 
 
-def _read_first(cfg: DictConfig) -> dict[str, RunRecord]:
+def _read_first(cfg: DictConfig, folder: Path) -> dict[str, RunRecord]:
     """The finished runs of other arms that this one reads; those that are missing are made."""
     conditions = cfg.module.get("reads") or []
-    return {condition: locate.finished(cfg, condition, run) for condition in conditions}
+    return {c: locate.finished(cfg, c, run, beside=folder) for c in conditions}
 
 
 def _work(

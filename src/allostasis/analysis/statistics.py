@@ -38,7 +38,7 @@ __all__ = [
     "Bootstrap", "Effect", "Interval", "KaplanMeier", "RatioBootstrap", "attainable_p",
     "binomial_above", "circular_shift_p", "clopper_pearson", "fieller", "hedges_g", "holm",
     "kaplan_meier", "log_rank", "median_above", "median_below", "median_interval", "minimum_seeds",
-    "nested_interval", "noncentral_above", "one_sample_effect", "permutation", "phase_randomised_p", "power",
-    "rank_correlation", "ratio_above", "seeds_for_power", "sign_flip", "t_above", "t_interval",
-    "unbiasing", "welch_above", "welch_interval",
+    "nested_interval", "noncentral_above", "one_sample_effect", "permutation",
+    "phase_randomised_p", "power", "rank_correlation", "ratio_above", "seeds_for_power",
+    "sign_flip", "t_above", "t_interval", "unbiasing", "welch_above", "welch_interval",
 ]  # fmt: skip

@@ -27,6 +27,7 @@ OF = {
     "ratio_of_sums": "ratio of sums over {units} of",
     "log_ratio_of_sums": "logarithm of the ratio of sums over {units} of",
     "geometric_ratio": "geometric mean over layers of ratios of sums over {units} of",
+    "hedges_g": "standardised difference over {units} (Hedges's g) of",
 }
 TESTS = {
     "t": "one-sided t tests",
@@ -40,6 +41,7 @@ TESTS_OF = {
     "kappa": FIELLER,
     "ratio_of_sums": FIELLER,
     "log_ratio_of_sums": FIELLER,
+    "hedges_g": "tests by the noncentral t",
 }
 
 

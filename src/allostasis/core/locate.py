@@ -41,7 +41,9 @@ def sibling(cfg: DictConfig, condition: str) -> DictConfig:
     return other
 
 
-def finished(cfg: DictConfig, condition: str, make: Callable[[DictConfig, Path], Any]) -> RunRecord:
+def finished(
+    cfg: DictConfig, condition: str, make: Callable[[DictConfig, Path], Any], *, beside: Path
+) -> RunRecord:
     """The finished run of another arm; made first where there is none.
 
     Where another process is at that run, this one waits for it.
@@ -50,12 +52,16 @@ def finished(cfg: DictConfig, condition: str, make: Callable[[DictConfig, Path],
         cfg: The config of the run that reads.
         condition: The arm that is read.
         make: Does a run of a config in a folder.
+        beside: The folder of the run that reads; the other one lies in the same outputs/.
 
     Raises:
         RuntimeError: The run was made and did not end as `done`.
     """
     other = sibling(cfg, condition)
-    folder = run_folder(other)
+    own = run_folder(cfg)
+    is_usual = beside.parts[-len(own.parts) :] == own.parts
+    root = beside.parents[len(own.parts) - 1] if is_usual else beside.parent
+    folder = root / run_folder(other)
     name = f"{other.name} {condition} seed {other.seed}"
     lock = folder.parent / f".{folder.name}.lock"
     folder.parent.mkdir(parents=True, exist_ok=True)

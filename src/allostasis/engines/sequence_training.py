@@ -139,7 +139,7 @@ class SequenceTraining(L.LightningModule):
         return torch.optim.AdamW(
             self.model.parameters(),
             lr=self.lr,
-            betas=tuple(self.betas),
+            betas=(self.betas[0], self.betas[1]),
             weight_decay=self.weight_decay,
             fused=True,
         )
@@ -193,7 +193,6 @@ class SequenceTraining(L.LightningModule):
             self.prepare(part)
             yield part
 
-    @torch.no_grad()
     def snapshots(self, hooks: Sequence[str], *, full: bool) -> Iterator[Snapshot]:
         """Train and held-out tokens; with `full` also the probe, the class probe and the weights.
 
@@ -209,7 +208,8 @@ class SequenceTraining(L.LightningModule):
         sites = self.model.normalised_sites
         probe = self.task.probe.to(self.device)
         self.prepare(probe)
-        _, cache = self.model.run_with_cache(probe.tokens, names_filter=list(hooks))
+        with torch.no_grad():
+            _, cache = self.model.run_with_cache(probe.tokens, names_filter=list(hooks))
         yield Snapshot(
             step=self.updates, split="probe", acts=dict(cache), weights=weights,
             normalised_sites=sites,
@@ -228,7 +228,8 @@ class SequenceTraining(L.LightningModule):
         if is_watched:
             self._final = {}
         for part in self._pieces(sequences):
-            logits = self.model(part.tokens)
+            with torch.no_grad():
+                logits = self.model(part.tokens)
             hits = logits.argmax(dim=-1) == part.targets
             flat = logits.flatten(0, 1)
             losses = functional.cross_entropy(flat, part.targets.flatten(), reduction="none")
@@ -282,6 +283,7 @@ class SequenceTraining(L.LightningModule):
                 "mask and the inputs."
             )
 
+    @torch.no_grad()
     def _class_snapshot(self, hooks: list[str]) -> Snapshot:
         probe = self.task.class_probe
         found: dict[str, list[Tensor]] = {hook: [] for hook in hooks}

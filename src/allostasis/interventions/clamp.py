@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt
@@ -22,14 +23,8 @@ class InertError(ValueError):
     """An intervention that the network undoes, so that an arm with it is a second control."""
 
 
-class Clamp(Protocol):
-    """A function of the stream at a site."""
-
-    def __call__(
-        self, resid: Float[Tensor, "sequence position d_model"]
-    ) -> Float[Tensor, "sequence position d_model"]:
-        """The clamped stream."""
-        ...
+Clamp = Callable[[Tensor], Tensor]
+"""A function of the stream at a site, [sequence, position, d_model]."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +209,8 @@ class Plan:
         labels: Labels = "true",
     ) -> None:
         self.kind: Kind = kind
-        self.site, self.statistic, self.phase = site, statistic, phase
+        self.statistic: Statistic = statistic
+        self.site, self.phase = site, phase
         self.factor = parse_target(target)
         self.between, self.within, self.labels = between, within, labels
         if kind in {"class", "placebo"} and phase != "eval_only":
@@ -299,8 +295,8 @@ class Attached:
         self.clamp = clamp
         self.is_on, self.calls = True, 0
 
-    def __call__(self, value: Tensor, hook: Any) -> Tensor | None:
+    def __call__(self, tensor: Tensor, *, hook: Any) -> Tensor | None:
         """TransformerLens's signature of a hook; None leaves the value as it is."""
         del hook
         self.calls += 1
-        return self.clamp(value) if self.is_on else None
+        return self.clamp(tensor) if self.is_on else None

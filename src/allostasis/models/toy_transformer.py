@@ -170,8 +170,8 @@ class ToyTransformer(HookedRootModule):
     """A causal transformer of one or a few layers, read at every position.
 
     ReLU, learned absolute positions, an untied unembedding without bias. Weights are drawn on the
-    CPU from the seed's `init` randomness in float32: N(0, 1) / sqrt(d_model) for W_E and W_pos, N(0, 1) / sqrt(fan
-    in) for the others; biases are zero and gains one.
+    CPU from the seed's `init` randomness in float32: N(0, 1) / sqrt(d_model) for W_E and W_pos,
+    N(0, 1) / sqrt(fan in) for the others; biases are zero and gains one.
 
     Args:
         seed: The run's seed.
@@ -301,9 +301,10 @@ class ToyTransformer(HookedRootModule):
         for block in self.blocks:
             assert isinstance(block, Block)
             attn = block.attn
-            gain = None if block.is_post or self.norm == "none" else block.ln1.w
+            before = None if block.is_post else block.ln1
+            gain = before.w if isinstance(before, LayerNorm | RMSNorm) else None
             layers.append(LayerWeights(attn.W_Q, attn.W_K, attn.W_V, attn.W_O, gain))
-        named = dict(self.named_parameters())
+        named: dict[str, Tensor] = dict(self.named_parameters())
         groups = {group: [] for group in ("embed", "qk", "ov", "mlp", "norm", "unembed")}
         for name in named:
             groups[_group(name)].append(name)

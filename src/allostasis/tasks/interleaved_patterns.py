@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Literal, NamedTuple
 
 import lightning as L
+import numpy as np
 import torch
 from annotated_types import Ge, Gt
 from jaxtyping import Float64, Int64
@@ -109,26 +110,36 @@ class InterleavedPatterns(L.LightningDataModule):
 
     def item(self, split: Split, index: int) -> Int64[Tensor, " token"]:
         """The tokens of one item, seq_len + 1 of them."""
-        return self._draw(split, index)[0]
+        return self._draw(split, [index])[0][0]
 
-    def _draw(self, split: Split, index: int) -> tuple[Tensor, tuple[int, int]]:
-        name = f"{derive(self.seed, 'data')}:{split}:{index}"
-        own = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-        generator = torch.Generator().manual_seed(own)
-        low, high = self.period_low, self.period_high + 1
-        periods = torch.randint(low, high, (2,), generator=generator).tolist()
-        tokens = torch.empty(self.seq_len + 1, dtype=torch.int64)
-        for start, period in enumerate(periods):
-            pattern = torch.randint(self.vocab_size, (period,), generator=generator)
-            place = tokens[start::2]
-            place.copy_(pattern.repeat(-(-len(place) // period))[: len(place)])
-        return tokens, (periods[0], periods[1])
+    def _draw(self, split: Split, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Tokens of some items, and the periods of their two streams.
 
-    def sequences(self, split: Split, indices: range | list[int]) -> Sequences:
+        An item's numbers are the counters 'index x blocks' and following of a Philox generator
+        that is keyed by seed and split, so that neighbours are drawn in one call.
+        """
+        width = 2 + 2 * self.period_high
+        blocks = -(-width // 4)  # a counter gives four numbers
+        name = f"{derive(self.seed, 'data')}:{split}".encode()
+        key = int.from_bytes(hashlib.sha256(name).digest()[:16], "big")
+        raw = np.concatenate([
+            np.random.Philox(key=key, counter=first * blocks).random_raw(4 * blocks * n)
+            for first, n in _runs(indices)
+        ]).reshape(len(indices), -1)  # fmt: skip
+        n_periods = self.period_high - self.period_low + 1
+        periods = self.period_low + raw[:, :2] % n_periods
+        patterns = (raw[:, 2:width] % self.vocab_size).reshape(len(indices), 2, -1)
+        tokens = np.empty((len(indices), self.seq_len + 1), dtype=np.int64)
+        for stream in (0, 1):
+            place = np.arange(tokens[:, stream::2].shape[1]) % periods[:, stream, None]
+            tokens[:, stream::2] = np.take_along_axis(
+                patterns[:, stream], place.astype(np.int64), axis=1
+            )
+        return torch.from_numpy(tokens), torch.from_numpy(periods.astype(np.int64))
+
+    def sequences(self, split: Split, indices: Sequence[int]) -> Sequences:
         """Items as a batch."""
-        drawn = [self._draw(split, index) for index in indices]
-        tokens = torch.stack([item for item, _ in drawn])
-        return self._batch(tokens, torch.tensor([periods for _, periods in drawn]))
+        return self._batch(*self._draw(split, indices))
 
     def _batch(self, tokens: Tensor, periods: Tensor) -> Sequences:
         index, stream = self._places()
@@ -156,7 +167,8 @@ class InterleavedPatterns(L.LightningDataModule):
         epoch, batch = divmod(step, batches)
         at = range(batch * self.batch_size, (batch + 1) * self.batch_size)
         if self.fresh:
-            return self.sequences("train", [epoch * self.n_train + i for i in at])
+            first = epoch * self.n_train
+            return self.sequences("train", range(first + at.start, first + at.stop))
         order = self._order(epoch)
         return self.sequences("train", [order[i] for i in at])
 
@@ -196,13 +208,12 @@ class InterleavedPatterns(L.LightningDataModule):
         The class's token stands wherever the answer to the last position stood before.
         """
         n_classes = min(N_CLASSES, self.vocab_size)
-        drawn = [self._draw("classes", index) for index in range(n_classes * self.n_contexts)]
-        tokens = torch.stack([item for item, _ in drawn])
+        tokens, periods = self._draw("classes", range(n_classes * self.n_contexts))
         classes = torch.arange(len(tokens)) % n_classes
         answer, (_, stream) = tokens[:, -1:].clone(), self._places()
         in_stream = torch.arange(self.seq_len + 1) % 2 == stream[-1]
         tokens = torch.where((tokens == answer) & in_stream, classes[:, None], tokens)
-        batch = self._batch(tokens, torch.tensor([periods for _, periods in drawn]))
+        batch = self._batch(tokens, periods)
         return Sequences(**vars(batch) | {"classes": classes, "n_classes": n_classes})
 
     def train_dataloader(self) -> Steps:
@@ -254,6 +265,20 @@ class InterleavedPatterns(L.LightningDataModule):
             "classes": self.class_probe,
         }
         return {name: {"n": len(part), "sha256": part.sha256} for name, part in sets.items()}
+
+
+def _runs(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Stretches of neighbouring indices: the first and how many."""
+    first = last = None
+    for index in indices:
+        if first is None or last is None:
+            first = index
+        elif index != last + 1:
+            yield first, last + 1 - first
+            first = index
+        last = index
+    if first is not None and last is not None:
+        yield first, last + 1 - first
 
 
 class Prediction(NamedTuple):

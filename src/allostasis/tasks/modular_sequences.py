@@ -55,12 +55,7 @@ class ModularSequences(L.LightningDataModule):
                 f"vocab_size={vocab_size} and seq_len={seq_len}: 'a {op} b =' has p + 1 = {p + 1} "
                 "tokens and 3 positions"
             )
-        self.seed, self.vocab_size, self.n_classes, self.batch_size = (
-            seed,
-            vocab_size,
-            p,
-            batch_size,
-        )
+        self.seed, self.n_classes, self.batch_size = seed, p, batch_size
         self.pairs = ModularAddition(
             seed=seed, p=p, train_frac=train_frac, probe_size=probe_size, op=op
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -55,6 +55,14 @@ class Reference:
         return numbers | {"mean": self.mean.tolist()}
 
 
+class ClassMeans(NamedTuple):
+    """Class structure of a stream, where it was asked for."""
+
+    means: Float64[Tensor, "class d_model"] | None = None
+    between: float | None = None
+    within: float | None = None
+
+
 @torch.no_grad()
 def measure(
     model: ToyTransformer, sequences: Sequences, site: str, *, n_classes: int | None = None
@@ -74,11 +82,11 @@ def measure(
     tokens = torch.cat([values.flatten(0, 1) for values, _ in parts]).double()
     norms, mean = tokens.norm(dim=-1), tokens.mean(dim=0)
     spread = tokens.std(dim=-1, correction=0)
-    classes = {}
+    mean_of_headline, found = mean, ClassMeans()
     if n_classes is not None:
         rows = torch.cat([v[p.groups[p.headline]] for v, p in parts]).double()
         labels = torch.cat([p.targets[p.groups[p.headline]] for _, p in parts])
-        classes = _classes(rows, labels, n_classes)
+        mean_of_headline, found = rows.mean(dim=0), _classes(rows, labels, n_classes)
     dtype = model.W_U.dtype
     return Reference(
         site=site,
@@ -87,8 +95,10 @@ def measure(
         norm_sd=float(norms.std()),
         feature_sd_mean=float(spread.mean()),
         overall_sd=float((tokens - mean).square().mean().sqrt()),
-        mean=(classes.pop("mean") if classes else mean).to(dtype),
-        **{k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in classes.items()},
+        mean=mean_of_headline.to(dtype),
+        class_means=None if found.means is None else found.means.to(dtype),
+        between=found.between,
+        within=found.within,
     )
 
 
@@ -102,7 +112,7 @@ def _read(
 
 def _classes(
     rows: Float64[Tensor, "token d_model"], labels: Int64[Tensor, " token"], n_classes: int
-) -> dict[str, Any]:
+) -> ClassMeans:
     counts = torch.bincount(labels, minlength=n_classes)
     if int(counts.min()) < FEWEST:
         raise ValueError(
@@ -113,13 +123,12 @@ def _classes(
         )
     sums = torch.zeros(n_classes, rows.shape[1], dtype=rows.dtype, device=rows.device)
     means = sums.index_add_(0, labels, rows) / counts[:, None]
-    mean = rows.mean(dim=0)
-    return {
-        "mean": mean,
-        "class_means": means,
-        "between": float((means - mean)[labels].square().sum(dim=-1).mean().sqrt()),
-        "within": float((rows - means[labels]).square().sum(dim=-1).mean().sqrt()),
-    }
+    shift = means - rows.mean(dim=0)
+    return ClassMeans(
+        means,
+        between=float(shift[labels].square().sum(dim=-1).mean().sqrt()),
+        within=float((rows - means[labels]).square().sum(dim=-1).mean().sqrt()),
+    )
 
 
 def sensitivity(
