@@ -336,3 +336,28 @@ def test_the_published_script_finds_no_suppressor_and_ratios_about_one() -> None
     ]
     assert all(0.85 < ratio < 1.1 for ratio in ratios), ratios
     assert not any(ratio > 1.5 for ratio in ratios)  # the script's own criterion
+
+
+def test_a_scan_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from allostasis.engines.subjects import ToySubject
+    from allostasis.experiments.superposition import survey as module
+    from allostasis.experiments.superposition.survey import Rule, Survey
+    from allostasis.experiments.superposition.training import held_out
+    from allostasis.models.toy_transformer import ToyTransformer
+    from allostasis.tasks.interleaved_patterns import InterleavedPatterns
+
+    monkeypatch.setattr(module, "PIECE", 4)
+    toy = ToyTransformer(seed=0, vocab_size=32, seq_len=16, d_model=16).requires_grad_(False)
+    splits = held_out(InterleavedPatterns(seed=0, seq_len=16, vocab_size=32), 32)
+    heads = [(0, head) for head in range(4)]
+
+    def scan(keep: Path | None) -> np.ndarray:
+        survey = Survey(ToySubject(toy), splits, heads, seed=0, rule=Rule(), keep=keep)
+        return survey.effects("resample", "select")
+
+    whole, first = scan(None), scan(tmp_path)
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) == 3
+    kept[1].unlink()
+    np.testing.assert_array_equal(scan(tmp_path), whole)
+    np.testing.assert_array_equal(first, whole)

@@ -201,7 +201,10 @@ class Superposition(L.LightningModule):
 
     def _survey(self, splits: Mapping[Split, Sequences], found: Collected) -> None:
         subject = self._subject()
-        survey = Survey(subject, splits, self._heads(subject), seed=self.task.seed, rule=self.rule)
+        survey = Survey(
+            subject, splits, self._heads(subject), seed=self.task.seed, rule=self.rule,
+            keep=self.workspace,
+        )  # fmt: skip
         facts = survey.record(self.values, found)
         write_json(self.workspace.parent / "suppressors.json", facts)
         brief = {

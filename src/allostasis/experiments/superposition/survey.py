@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.suppressors import Comparison, Detection, Energies, detect, reselected
+from allostasis.callbacks.progress import Ticker
+from allostasis.core.records import write_atomically
 from allostasis.core.seeding import derive
 from allostasis.engines.subjects import Filling, Head, Subject, Value, filling
 from allostasis.experiments.superposition.collected import Collected
@@ -28,6 +31,8 @@ from allostasis.tasks.splits import Split
 OPS: Mapping[Value, Op] = {"zero": "scale", "mean": "mean", "resample": "resample"}
 ROWS = 16
 """Sequences whose patterns and streams are held at once."""
+PIECE = 32
+"""Sequences after which a scan's effects are kept."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Survey:
         heads: Which heads are looked at.
         seed: The run's seed.
         rule: What counts as a suppressor.
+        keep: Where finished pieces of the scan over all heads lie, so that one that was cut short
+            goes on; None keeps none.
     """
 
     def __init__(
@@ -66,8 +73,10 @@ class Survey:
         *,
         seed: int,
         rule: Rule,
+        keep: Path | None = None,
     ) -> None:
         self.subject, self.splits, self.heads, self.rule = subject, splits, tuple(heads), rule
+        self.keep = keep
         self.rng = np.random.default_rng(derive(seed, "bootstrap"))
         self.generator = torch.Generator().manual_seed(derive(seed, "donor"))
 
@@ -88,9 +97,23 @@ class Survey:
     ) -> Float[np.ndarray, "sequence head"]:
         """Loss clean - loss ablated of each sequence and head."""
         batch, chosen = self.splits[split], self.heads if heads is None else heads
-        clean = self.subject.losses(batch)
-        ablated = self.subject.ablated_losses(batch, chosen, self.filling(value, split))
-        return ablation_effect(clean, ablated).double().cpu().numpy().T
+        here, pieces = self.filling(value, split), []
+        tick = Ticker(f"{value} ablation of {len(chosen)} heads", noun="sequences")
+        for begin in range(0, len(batch), PIECE):
+            rows = slice(begin, begin + PIECE)
+            keep = None if self.keep is None else self.keep / f"{value}-{split}-{begin}.npy"
+            if keep is not None and heads is None and keep.is_file():
+                pieces.append(np.load(keep))
+                continue
+            part = batch.part(rows)
+            ablated = self.subject.ablated_losses(part, chosen, here.rows(rows))
+            effect = ablation_effect(self.subject.losses(part), ablated)
+            pieces.append(effect.double().cpu().numpy().T)
+            if keep is not None and heads is None:
+                write_atomically(keep, partial(_save, pieces[-1]), is_durable=False)
+            if keep is not None:
+                tick(begin + len(part), len(batch))
+        return np.concatenate(pieces)
 
     def detect(self, effects: Float[np.ndarray, "sequence head"]) -> Detection:
         """The suppressors among all heads that were looked at."""
@@ -296,6 +319,11 @@ class Survey:
             "ablation": value, "intervention": f"{value}:suppressors", "set": "all",
             "stream": ablated[last], "stream_clean": intact[last],
         })  # fmt: skip
+
+
+def _save(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
 
 
 def sequence_names(batch: Sequences) -> list[str]:
