@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SEARCHED = {"suppressors_toy": "toy transformer", "suppressors_lm": "language model"}
 VALUES = ("resample", "mean", "zero")
 LEAST_BOX = 5
+TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 50)
 
 
 def _first(arms: Sequence[Arm], *conditions: str) -> list[RunView]:
@@ -35,7 +36,9 @@ def _first(arms: Sequence[Arm], *conditions: str) -> list[RunView]:
 
 
 def _name(run: RunView) -> str:
-    return run.title if run.model else SEARCHED.get(run.condition, run.condition)
+    if run.model:
+        return run.title.partition(" (")[0]
+    return SEARCHED.get(run.condition, run.condition)
 
 
 def _scan(run: RunView) -> tuple[str, dict[str, Any]]:
@@ -74,6 +77,7 @@ def effects(arms: Sequence[Arm]) -> Canvas:
                 axis.axhline(passing.min(), color=RED, ls=":", lw=1.2, label="passes the rate")
             axis.set_title(f"{_name(run)}, {value}")
             axis.set(xlabel=f"{len(rows)} heads, by effect")
+            axis.locator_params(axis="x", integer=True)
             axis.legend(loc="lower right")
         axes[0, 0].set_ylabel("loss clean - loss ablated,\nnat a token")
     return figure
@@ -148,7 +152,7 @@ def ratios(arms: Sequence[Arm]) -> Canvas:
     with style() as plt:
         figure, axes = plt.subplots(1, 2, figsize=(8.6, 0.6 * len(rows) + 1.4), sharey=True)
         for place, (_, e1, e2) in enumerate(rows):
-            spread = np.linspace(-0.2, 0.2, max(len(e1), 2))
+            spread = np.linspace(-0.2, 0.2, len(e1)) if len(e1) > 1 else np.zeros(1)
             for shift, (middle, low, high) in zip(spread, e1, strict=False):
                 axes[0].plot([low, high], [place + shift] * 2, color=BLUE, lw=1.2)
                 axes[0].plot(middle, place + shift, "o", ms=4, color=BLUE)
@@ -159,7 +163,11 @@ def ratios(arms: Sequence[Arm]) -> Canvas:
                                strict=True):  # fmt: skip
             axis.axvline(1, color=INK, ls=":", lw=1)
             axis.axvline(2, color=INK, ls="--", lw=1)
-            axis.set(xscale="log", xlabel=label)
+            low, high = axis.get_xlim()
+            axis.set(xscale="log", xlabel=label, xlim=(min(low, 0.7), max(high, 2.4)))
+            ticks = [tick for tick in TICKS if min(low, 0.7) <= tick <= max(high, 2.4)]
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
         axes[0].set_yticks(range(len(rows)), [name for name, _, _ in rows])
         axes[0].set_ylim(len(rows) - 0.5, -0.5)
     return figure

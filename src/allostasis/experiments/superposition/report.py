@@ -14,6 +14,13 @@ from allostasis.analysis.tables import Table
 from allostasis.analysis.text import number
 
 SEARCHED = ("suppressors_toy", "suppressors_lm")
+TITLES = {
+    "found_table": "Suppressors found",
+    "selected_table": "Suppressors",
+    "plant_table": "Planted suppressors",
+    "null_table": "Where there is nothing to find",
+    "grid_table": "Toy models of superposition",
+}
 
 
 def figures(arms: Sequence[Arm]) -> list[Figure]:
@@ -86,8 +93,7 @@ def tables(arms: Sequence[Arm]) -> list[Table]:
         try:
             made.append(make(arms))
         except UndefinedError as error:
-            title = make.__name__.replace("_", " ").capitalize()
-            made.append(Table(title, ("missing",), ((str(error),),)))
+            made.append(Table(TITLES[make.__name__], ("missing",), ((str(error),),)))
     return made
 
 
@@ -127,7 +133,7 @@ def found_table(arms: Sequence[Arm]) -> Table:
         "Selection repeated: heads selected anew on resampled sequences; a sensitivity, no "
         "interval. Accuracy: of predictable tokens."
     )
-    return Table("Suppressors found", heads, tuple(rows), note)
+    return Table(TITLES["found_table"], heads, tuple(rows), note)
 
 
 def selected_table(arms: Sequence[Arm]) -> Table:
@@ -140,7 +146,7 @@ def selected_table(arms: Sequence[Arm]) -> Table:
     if not rows:
         raise UndefinedError("no head was found to be a suppressor in any run")
     heads = ("condition", "seed", "ablation", "head", "effect on fresh sequences, nat")
-    return Table("Suppressors", heads, tuple(rows))
+    return Table(TITLES["selected_table"], heads, tuple(rows))
 
 
 def plant_table(arms: Sequence[Arm]) -> Table:
@@ -158,7 +164,7 @@ def plant_table(arms: Sequence[Arm]) -> Table:
     heads = ("seed", "E1 planted", "E1 found", "interval covers it", "above 2", "above 1",
              "found where it costs 0.1 nat")  # fmt: skip
     note = "The last column is about all plants of the run, of both strengths and every ablation."
-    return Table("Planted suppressors", heads, tuple(rows), note)
+    return Table(TITLES["plant_table"], heads, tuple(rows), note)
 
 
 def null_table(arms: Sequence[Arm]) -> Table:
@@ -181,7 +187,7 @@ def null_table(arms: Sequence[Arm]) -> Table:
         "effect on fresh sequences. A head of an untrained model writes noise, without which the "
         "loss is lower in truth, above all under zero ablation."
     )
-    return Table("Where there is nothing to find", heads, tuple(rows), note)
+    return Table(TITLES["null_table"], heads, tuple(rows), note)
 
 
 def grid_table(arms: Sequence[Arm]) -> Table:
@@ -202,4 +208,4 @@ def grid_table(arms: Sequence[Arm]) -> Table:
             ))  # fmt: skip
     heads = ("seed", "model", "features per dimension", "represented", "polysemanticity",
              "hidden RMS", "loss")  # fmt: skip
-    return Table("Toy models of superposition", heads, tuple(rows))
+    return Table(TITLES["grid_table"], heads, tuple(rows))
