@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import shutil
@@ -57,13 +58,14 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
         if cfg.force:
             _clear(folder)
         file = RunFile(folder)
+        as_composed = copy.deepcopy(cfg)  # resolved, a seed is a number, and no longer every seed
         identity = _open(cfg, folder, file, command)
         status: Status = "failed"
         facts: dict[str, Any] = {}
         error: BaseException | None = None
         logger = None
         try:
-            earlier = _read_first(cfg, folder)
+            earlier = _read_first(as_composed, folder)
             logger = loggers.build(cfg.logger, identity=identity, folder=folder)
             # NumPy's own BLAS threads would spin against torch's for the same cores
             with threadpool_limits(1, user_api="blas"):

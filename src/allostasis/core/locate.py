@@ -49,7 +49,7 @@ def finished(
     Where another process is at that run, this one waits for it.
 
     Args:
-        cfg: The config of the run that reads.
+        cfg: The config of the run that reads, as it was composed: interpolations not resolved.
         condition: The arm that is read.
         make: Does a run of a config in a folder.
         beside: The folder of the run that reads; the other one lies in the same outputs/.

@@ -17,6 +17,8 @@ from allostasis.models.lens import HookedRootModule, HookPoint
 
 Norm = Literal["pre", "post", "rms", "none"]
 EPS = 1e-5
+POSITIONS = 3.0
+"""How much larger W_pos begins than W_E: heads that look a fixed distance back form sooner."""
 
 
 class LayerNorm(nn.Module):
@@ -161,7 +163,7 @@ class _Draw:
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(derive(seed, "init"))
 
-    def __call__(self, *shape: int, fan: int = 1) -> nn.Parameter:
+    def __call__(self, *shape: int, fan: int | float) -> nn.Parameter:
         normal = torch.randn(shape, generator=self.generator, dtype=torch.float32)
         return nn.Parameter(normal / math.sqrt(fan))
 
@@ -170,8 +172,8 @@ class ToyTransformer(HookedRootModule):
     """A causal transformer of one or a few layers, read at every position.
 
     ReLU, learned absolute positions, an untied unembedding without bias. Weights are drawn on the
-    CPU from the seed's `init` randomness in float32: N(0, 1) / sqrt(d_model) for W_E and W_pos,
-    N(0, 1) / sqrt(fan in) for the others; biases are zero and gains one.
+    CPU from the seed's `init` randomness in float32: N(0, 1) / sqrt(d_model) for W_E, three times
+    that for W_pos, N(0, 1) / sqrt(fan in) for the others; biases are zero and gains one.
 
     Args:
         seed: The run's seed.
@@ -225,7 +227,7 @@ class ToyTransformer(HookedRootModule):
         has_final = norm != "none" if final_norm is None else final_norm
         draw = _Draw(seed)
         self.W_E = draw(vocab_size, d_model, fan=d_model)
-        self.W_pos = draw(seq_len, d_model, fan=d_model)
+        self.W_pos = draw(seq_len, d_model, fan=d_model / POSITIONS**2)
         width = d_model if d_ff is None else d_ff
         self.blocks = nn.ModuleList([
             Block(d_model, n_heads, width, norm, draw, causal=causal) for _ in range(n_layers)

@@ -1,0 +1,297 @@
+"""The constraint experiment: every treatment acts, and what a clamp is told comes from one place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+SITE = "blocks.1.hook_resid_mid"
+SMALL = [
+    "exp=constraint", "preset=quick", "threads=1", "device=cpu", "seed=5", "task.vocab_size=16",
+    "task.n_val=96", "task.n_contexts=4", "task.n_calibration=6000", "model.d_model=16",
+    "module.max_steps=60", "module.eval_every=20", "metrics.dense_every=20",
+    "metrics.sparse_every=20",
+]  # fmt: skip
+Compose = Callable[..., DictConfig]
+
+
+def compose(*overrides: str) -> DictConfig:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    from allostasis.core.config import conf_dir, register
+
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        return hydra_compose("config", [*SMALL, *overrides])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("constraint")
+
+
+def do(root: Path, condition: str, *overrides: str) -> Path:
+    """The folder of a run in a shared outputs/, made unless it is there."""
+    from allostasis.core.config import run_folder
+    from allostasis.run import run
+
+    cfg = compose(f"condition={condition}", *overrides)
+    folder = root / run_folder(cfg)
+    if not (folder / "run.json").is_file():
+        run(cfg, folder)
+    return folder
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def module(condition: str, *overrides: str):
+    from hydra.utils import instantiate
+
+    cfg = compose(f"condition={condition}", *overrides)
+    task = instantiate(cfg.task, _convert_="all")
+    model = instantiate(cfg.model, _convert_="all")
+    return instantiate(cfg.module, model=model, task=task, _convert_="all")
+
+
+@pytest.mark.parametrize(
+    "condition",
+    ["constraint", "constraint_routing", "constraint_module", "naive_clamp",
+     "mean_preserving_clamp", "naive_clamp_batch", "placebo_clamp", "class_shrink_b"],
+)  # fmt: skip
+def test_every_arm_changes_logits_or_gradients(root: Path, condition: str) -> None:
+    effect = read(do(root, condition))["effect"]
+    if condition.startswith("constraint"):
+        assert effect["frozen_gradient"] > 1e-6
+        assert effect["n_frozen"] > 0
+    else:
+        assert max(effect["effect_logits"], effect["effect_gradient"]) > 1e-4
+        assert effect["hook_calls"] == 1
+    assert effect["gradient_norm"] > 1e-8
+
+
+def test_every_loss_term_has_gradient() -> None:
+    arm = module("control")
+    assert arm.prove_effect()["gradient_norm"] > 1e-8
+    with torch.no_grad():
+        arm.model.W_U.zero_()  # logits that nothing moves but the unembedding
+        arm.model.ln_final.w.zero_()
+    with pytest.raises(RuntimeError, match="it cannot train"):
+        arm.prove_effect()
+
+
+def test_calibration_clamp_and_log_share_one_site(root: Path) -> None:
+    folder = do(root, "naive_clamp")
+    content = read(folder)
+    assert content["reference"]["site"] == content["clamp"]["site"] == SITE
+    control = next((root / "outputs/constraint/control").rglob("run.json")).parent
+    assert content["reference"]["control"] == read(control)["run_id"]
+    assert content["read"]["control"]["checkpoints"] == read(control)["checkpoints"]
+    # what is logged there is what the clamp made of it
+    metrics = pd.read_parquet(folder / "metrics.parquet")
+    logged = metrics[(metrics["metric"] == "amplitude_activation.mid") & (metrics["layer"] == 1)]
+    logged = logged[logged["split"] == "probe"]["value"]
+    target = content["clamp"]["target"] / 16**0.5
+    assert len(logged) >= 3
+    assert logged.to_numpy() == pytest.approx(target, rel=1e-5)
+
+
+def test_target_is_within_5_percent_of_the_control_mean(root: Path) -> None:
+    """Against the control's own record on the probe, other sequences than the calibration's."""
+    content = read(do(root, "naive_clamp"))
+    control = next((root / "outputs/constraint/control").rglob("metrics.parquet"))
+    metrics = pd.read_parquet(control)
+    rows = metrics[(metrics["metric"] == "amplitude_activation.mid") & (metrics["layer"] == 1)]
+    rows = rows[rows["split"] == "probe"]
+    last = rows.loc[rows["step"].idxmax(), "value"] * 16**0.5
+    assert content["clamp"]["target"] == pytest.approx(last, rel=0.05)
+    assert content["reference"]["n_tokens"] >= 6000
+
+
+def test_a_factor_scales_the_reference(root: Path) -> None:
+    whole = read(do(root, "naive_clamp"))["clamp"]["target"]
+    less = read(do(root, "naive_clamp", "module.clamp.target=reference*0.6"))["clamp"]["target"]
+    assert less == pytest.approx(0.6 * whole)
+
+
+def test_a_clamp_reads_the_one_control_whatever_its_own_settings(root: Path) -> None:
+    do(root, "naive_clamp")
+    do(root, "naive_clamp", "module.clamp.site=blocks.0.hook_resid_mid")
+    assert len(list((root / "outputs/constraint/control").rglob("run.json"))) == 1
+
+
+def test_frozen_weights_are_those_of_step_0_to_the_bit(root: Path) -> None:
+    folder = do(root, "constraint")
+    summary = read(folder)["summary"]
+    assert summary["frozen_max_change"] == 0.0
+    assert summary["free_head_change"] > 0
+    start, end = (load_file(folder / f"checkpoints/{step}.safetensors") for step in (0, 60))
+    name = "blocks.1.attn.W_K"
+    assert torch.equal(start[name][1:], end[name][1:])
+    assert not torch.equal(start[name][0], end[name][0])
+
+
+def test_an_arm_without_training_is_the_constraints_model(root: Path) -> None:
+    """`class_clamp_id` is the zero-damage twin of every arm of phase eval_only."""
+    twin, base = read(do(root, "class_clamp_id")), read(do(root, "constraint"))
+    assert twin["summary"]["steps"] == base["summary"]["steps"] == 60
+    for group in ("all", "predictable", "last"):
+        assert twin["summary"][f"accuracy_{group}"] == base["summary"][f"accuracy_{group}"]
+    assert twin["checkpoints"] == {}
+    assert twin["effect"]["effect_logits"] == 0.0
+
+
+def test_a_class_clamp_sets_what_it_says_where_the_past_determines_the_token(root: Path) -> None:
+    from allostasis.core.records import read_run
+
+    arm = module("class_shrink_b")
+    runs = {name: read_run(do(root, name)) for name in ("control", "constraint")}
+    facts = arm.take(runs)["clamp"]
+    batch = arm.task.calibration.part(slice(32))
+    arm.prepare(batch)
+    seen: list[torch.Tensor] = []
+    watch = lambda value, hook: seen.append(value.detach())  # noqa: E731
+    with torch.no_grad(), arm.model.hooks(fwd_hooks=[(SITE, watch)]):
+        arm.model.encode(batch.tokens)
+        arm.attached.is_on = False
+        arm.model.encode(batch.tokens)
+    clamped, plain = seen
+    counted = batch.groups["predictable"]
+    assert_close(clamped[~counted], plain[~counted])
+    means = arm.attached.clamp.means[batch.targets[counted]]
+    moved = (facts["between"] - 1) * (means - arm.attached.clamp.mean)
+    assert_close(clamped[counted] - plain[counted], moved, rtol=1e-4, atol=1e-5)
+    assert facts["within"] == 1.0
+    assert facts["between"] != pytest.approx(1.0)
+
+
+def test_a_clamp_that_a_norm_undoes_is_refused_and_runs_labelled_when_allowed(root: Path) -> None:
+    from allostasis.interventions.clamp import InertError
+
+    last = "module.clamp.site=blocks.1.hook_resid_post"
+    with pytest.raises(InertError, match="LayerNorm first"):
+        do(root, "naive_clamp", last)
+    folder = do(root, "naive_clamp", last, "allow_inert=true", "force=true")
+    assert read(folder)["effect"]["label"] == "inert"
+    assert read(folder)["effect"]["effect_logits"] < 1e-3
+
+
+def test_claims_about_an_inert_arm_are_undecided(root: Path) -> None:
+    from allostasis.analysis import claims, verdicts
+    from allostasis.analysis.aggregate import arms
+    from allostasis.analysis.curves import RunView
+    from allostasis.core.records import read_run
+    from allostasis.experiments import constraint
+
+    last = "module.clamp.site=blocks.1.hook_resid_post"
+    folder = do(root, "naive_clamp", last, "allow_inert=true", "force=true")
+    views = [RunView(read_run(folder))]
+    loaded = claims.load(Path(constraint.__path__[0]), "constraint")
+    found = {result.claim.id: result for result in verdicts.judge(loaded, arms(views))}
+    assert found["A5"].verdict.word == "undecided"
+    assert found["A5"].verdict.reason.startswith("inert: ")
+
+
+def test_a_model_that_sees_its_answers_fails_the_run(root: Path) -> None:
+    from allostasis.engines.sequence_training import LeakError
+    from allostasis.models.toy_transformer import ToyTransformer
+
+    arm = module("control")
+    honest = list(arm.snapshots([], full=False))
+    assert honest[-1].scores["all"].correct.double().mean() < 0.5
+    arm.model = ToyTransformer(seed=0, vocab_size=16, seq_len=32, d_model=16, causal=False)
+    cheat = arm.task.expected_accuracy(arm.task.watched)
+
+    def answers(tokens: torch.Tensor) -> torch.Tensor:
+        watched = arm.task.watched.targets
+        return torch.nn.functional.one_hot(watched, 16).double()
+
+    arm.model.forward = answers
+    assert cheat.mean() < 0.9
+    with pytest.raises(LeakError, match="leak_suspected"):
+        list(arm._answered("test", arm.task.watched))
+
+
+@pytest.mark.slow
+def test_unmasked_mutant_trains_past_the_ceiling_and_is_flagged(tmp_path: Path) -> None:
+    from allostasis.run import run
+
+    words = ["condition=control", "model.causal=false", "module.max_steps=1500",
+             "module.lr=6.0e-3", "model.d_model=32"]  # fmt: skip
+    cfg = compose(*words)
+    with pytest.raises(RuntimeError, match="leak_suspected"):
+        run(cfg, tmp_path / "run")
+    content = read(tmp_path / "run")
+    assert content["status"] == "failed"
+    assert "leak_suspected" in content["error"]["message"]
+
+
+@pytest.mark.parametrize("norm", ["post", "rms", "none"])
+def test_every_norm_trains_and_records_amplitude_where_it_can_move(root: Path, norm: str) -> None:
+    folder = do(root, "control", f"model.norm={norm}", "module.max_steps=20")
+    metrics = pd.read_parquet(folder / "metrics.parquet")
+    amplitude = metrics[(metrics["metric"] == "amplitude_activation") & metrics["layer"].notna()]
+    assert set(amplitude["layer"]) == {0, 1}
+    assert (amplitude["value"] > 0).all()
+
+
+def test_the_second_task_runs_every_kind_of_arm(root: Path) -> None:
+    words = ["task=modular_sequences", "task.p=7", "task.vocab_size=8", "task.probe_size=8",
+             "task.train_frac=0.8", "module.max_steps=20"]  # fmt: skip
+    gone = [word for word in SMALL if word.startswith(("task.", "preset"))]
+    for condition in ("naive_clamp", "placebo_clamp"):
+        from hydra import compose as hydra_compose
+        from hydra import initialize_config_dir
+
+        from allostasis.core.config import conf_dir, register, run_folder
+        from allostasis.run import run
+
+        register()
+        kept = [word for word in SMALL if word not in gone]
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            cfg = hydra_compose("config", [*kept, *words, f"condition={condition}"])
+        folder = root / run_folder(cfg)
+        cfg.gates = False
+        run(cfg, folder)
+        assert read(folder)["status"] == "done"
+        assert read(folder)["summary"]["ceiling_all"] == 1.0
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes_to_the_same_records(tmp_path: Path) -> None:
+    from allostasis.core.interrupt import Interrupted
+    from allostasis.experiments.constraint.module import Constraint
+    from allostasis.run import run
+
+    words = ["condition=constraint", "metrics.checkpoint_every=20", "metrics.drift_lag=20"]
+    run(compose(*words), tmp_path / "whole")
+    step = Constraint.training_step
+
+    def stopping(self, batch, batch_idx):
+        if self.updates == 40:
+            raise Interrupted(15)
+        return step(self, batch, batch_idx)
+
+    Constraint.training_step = stopping
+    try:
+        with pytest.raises(Interrupted):
+            run(compose(*words), tmp_path / "cut")
+    finally:
+        Constraint.training_step = step
+    run(compose(*words), tmp_path / "cut")
+    for table in ("metrics", "examples"):
+        whole, cut = (
+            pd.read_parquet(tmp_path / name / f"{table}.parquet") for name in ("whole", "cut")
+        )
+        pd.testing.assert_frame_equal(whole, cut)
+    assert read(tmp_path / "cut")["summary"] == read(tmp_path / "whole")["summary"]
