@@ -73,7 +73,7 @@ def test_each_command_of_the_help_is_one_that_would_start(compose: Compose) -> N
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_no_two_conditions_are_the_same_run(compose: Compose, name: str) -> None:
     hashes = {
-        config_hash(compose(f"exp={name}", f"condition={condition}"), without=("condition",))
+        config_hash(compose(f"exp={name}", f"condition='{condition}'"), without=("condition",))
         for condition in EXPERIMENTS[name].conditions
     }
     assert len(hashes) == len(EXPERIMENTS[name].conditions)

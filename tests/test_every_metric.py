@@ -41,7 +41,7 @@ AUDIT_KEYS = {
 }
 PSEUDO_NEEDS = {
     *("logits", "labels", "classes", "params", "before", "grads"),
-    *("grid_logits", "train_pairs", "key_frequencies"),
+    *("grid_logits", "train_pairs", "key_frequencies", "ablated_losses", "features"),
 }
 
 every_metric = pytest.mark.parametrize("name", METRICS)
@@ -265,6 +265,11 @@ def _norm_output(snapshot: Snapshot) -> Snapshot:
     return replace(snapshot, normalised_sites=sites)
 
 
+def _no_features(snapshot: Snapshot) -> Snapshot:
+    assert snapshot.features is not None
+    return replace(snapshot, features=torch.zeros_like(snapshot.features))
+
+
 UNDEFINED: dict[tuple[str, str], tuple[Callable[[Snapshot], Snapshot], str]] = {
     ("alignment", ""): (_constant_logits, "all logits are equal"),
     ("log_margin", ""): (_constant_logits, "no example has a positive margin"),
@@ -312,6 +317,9 @@ UNDEFINED: dict[tuple[str, str], tuple[Callable[[Snapshot], Snapshot], str]] = {
     ("fourier_gini", ""): (_zero_weights, "no Fourier power"),
     ("weight_update", ""): (lambda s: replace(s, before={}), "no earlier parameters, or all 0"),
     ("weight_update", "cosine"): (lambda s: replace(s, grads={}), "no gradient"),
+    ("feature_dimensionality", ""): (_no_features, "the feature is not represented"),
+    ("feature_interference", "signal_ratio"): (_no_features, "no other feature interferes"),
+    ("features_per_dimension", "polysemanticity"): (_no_features, "no feature is represented"),
 }
 
 

@@ -51,8 +51,19 @@ def hoist(words: Sequence[str]) -> tuple[list[str], list[str]]:
         elif word.startswith("-"):
             flags.append(word)
         else:
-            overrides.append(word.removeprefix("+") if word.startswith("+exp=") else word)
+            overrides.append(_spelled(word))
     return flags, overrides
+
+
+def _spelled(word: str) -> str:
+    """An override as Hydra has to be given it."""
+    if word.startswith("+exp="):
+        return word.removeprefix("+")
+    key, _, value = word.partition("=")
+    if key != "condition":
+        return word
+    names = ("'null'" if name.strip() == "null" else name for name in value.split(","))
+    return f"{key}={','.join(names)}"
 
 
 def job(cfg: DictConfig) -> None:

@@ -111,7 +111,29 @@ def observe(model: ModularTransformer, *, earlier: ModularTransformer) -> Snapsh
         readout=2,
         ceiling={"": 1.0},
         floor=0.0,
+        losses=_losses(model, tokens, answers),
+        ablated_losses=_ablated_losses(model, tokens, answers),
+        features=model.W_U[:, :p],
+        feature_density=0.25,
     )
+
+
+def _losses(model: ModularTransformer, tokens: Tensor, answers: Tensor) -> Tensor:
+    return functional.cross_entropy(model(tokens)[:, 2], answers, reduction="none")
+
+
+def _ablated_losses(model: ModularTransformer, tokens: Tensor, answers: Tensor) -> Tensor:
+    """Losses with each head zeroed alone."""
+    found = []
+    for head in range(model.n_heads):
+
+        def silence(z: Tensor, hook: object, head: int = head) -> Tensor:
+            del hook
+            return torch.where(torch.arange(z.shape[2])[:, None] == head, 0.0, z)
+
+        with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", silence)]):
+            found.append(_losses(model, tokens, answers))
+    return torch.stack(found)[None]
 
 
 def perturbed(model: ModularTransformer) -> ModularTransformer:
@@ -176,11 +198,12 @@ def halves(snapshot: Snapshot) -> tuple[Snapshot, Snapshot]:
 
 
 def _examples(snapshot: Snapshot, chosen: slice) -> Snapshot:
-    rows = {name: getattr(snapshot, name) for name in ("logits", "labels", "classes")}
+    rows = {name: getattr(snapshot, name) for name in ("logits", "labels", "classes", "losses")}
     acts = {name: getattr(snapshot, name) for name in ("acts", "earlier", "initial")}
     return replace(
         snapshot,
         **{name: None if value is None else value[chosen] for name, value in rows.items()},
+        ablated_losses=given(snapshot.ablated_losses, "ablated_losses")[..., chosen],
         **{
             name: {hook: value[chosen] for hook, value in hooks.items()}
             for name, hooks in acts.items()

@@ -23,12 +23,15 @@ from yaml import YAMLError
 from allostasis.analysis import summaries
 
 Direction = Literal["greater", "less", "inside", "outside"]
-Test = Literal["t", "tost", "binomial"]
+Test = Literal["t", "tost", "binomial", "bootstrap"]
 Of = Literal[
     "mean", "difference", "paired_difference", "log_ratio", "proportion", "unanimous",
     "median_time", "kappa", "ratio_of_sums", "log_ratio_of_sums", "hedges_g",
+    "geometric_ratio",
 ]  # fmt: skip
-OF_CLUSTERS: tuple[Of, ...] = ("mean", "ratio_of_sums", "log_ratio_of_sums", "kappa")
+OF_CLUSTERS: tuple[Of, ...] = (
+    "mean", "ratio_of_sums", "log_ratio_of_sums", "kappa", "geometric_ratio",
+)  # fmt: skip
 
 TESTS: dict[Of, tuple[Test, ...]] = {
     "mean": ("t", "tost"),
@@ -42,6 +45,7 @@ TESTS: dict[Of, tuple[Test, ...]] = {
     "ratio_of_sums": ("t", "tost"),
     "log_ratio_of_sums": ("t", "tost"),
     "hedges_g": ("t",),
+    "geometric_ratio": ("bootstrap",),
 }
 
 
@@ -115,7 +119,8 @@ class Claim(Part):
     """One sentence that a study can support, refute, or leave undecided.
 
     An atom has an estimand, arms, a direction, a bound and a test. A compound has `all_of` instead:
-    it is supported where all of them are and refuted where any is.
+    it is supported where all of them are and refuted where any is; one that asks its atoms to
+    `agree` has the word that all of them have, and none where they differ.
 
     Attributes:
         id: The experiment document's number, else EXPERIMENT.slug.
@@ -124,6 +129,8 @@ class Claim(Part):
         source: Document and section; "own" for ours.
         text: One sentence, as the source has it.
         all_of: Ids of the atoms of a compound.
+        agree: Whether a compound's atoms must all say the same, as where they ask one question in
+            several ways; never false, so that the claims that do not ask for it stay as they are.
         bound: A number; [low, high] for inside and outside. Never taken from data.
         negligible: Distance from the bound that is nothing in practice.
         refuted_at: Value beyond which it is refuted, where that is not the bound itself; what lies
@@ -149,6 +156,7 @@ class Claim(Part):
     arms: Arms | None = None
     select: Select | None = None
     all_of: tuple[str, ...] = ()
+    agree: Literal[True] | None = None
     direction: Direction | None = None
     bound: float | tuple[float, float] | None = None
     negligible: Annotated[float, Field(gt=0)] | None = None
@@ -180,6 +188,8 @@ class Claim(Part):
         there = [name for name in fields if getattr(self, name) is not None]
         if self.all_of and there:
             raise ValueError(f"a compound (`all_of`) has no {', '.join(there)}")
+        if self.agree and not self.all_of:
+            raise ValueError("`agree` is about the atoms of a compound; give `all_of`")
         if not self.all_of and len(there) < len(fields):
             missing = [name for name in fields if name not in there]
             raise ValueError(f"a claim needs {', '.join(missing)}, or `all_of`")

@@ -8,7 +8,7 @@ in, so that a cluster that two seeds drew counts once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,10 +80,22 @@ def prompts(arm: Arm, table: Table, select: Select) -> pd.DataFrame:
         found.append(rows)
     rows = pd.concat(found, ignore_index=True)
     if rows.empty:
+        if none := _none_found(arm, select.ablation):
+            raise UndefinedError(none)
         wanted = ", ".join(f"{k}={v}" for k, v in columns.items() if v is not None)
         raise UndefinedError(f"not run (no rows of {wanted} in {arm.name})")
-    depth = ["depth"] if "depth" in rows else []
-    return rows.drop_duplicates([*PROMPT, "intervention", *depth])
+    places = [name for name in ("depth", "layer", "head") if name in rows]
+    return rows.drop_duplicates([*PROMPT, "intervention", *places])
+
+
+def _none_found(arm: Arm, ablation: str | None) -> str:
+    """Why runs that look for something have nothing to tell of it; empty where they found it."""
+    told = []
+    for run in arm.runs:
+        why = run.summary.get("no_ratio")
+        if isinstance(why, Mapping) and ablation in why:
+            told.append(f"seed {run.seed}: {why[ablation]}")
+    return "; ".join(told) if len(told) == len(arm.runs) else ""
 
 
 def add_up(rows: pd.DataFrame, values: Column | Pair) -> Totals:
@@ -148,6 +160,8 @@ def samples(claim: Claim, arm: Arm) -> dict[str, Sample]:
     if not arm.runs:
         raise UndefinedError("no finished run")
     rows = prompts(arm, summary.prompts, claim.select)
+    if claim.estimand.of == "geometric_ratio":
+        return {"": _by_layer(arm, rows, summary.of_prompts(rows))}
     takes_mean = claim.estimand.of == "mean"
     if claim.select.depth != "late":
         name = "" if claim.select.depth is None else f"depth {claim.select.depth}"
@@ -161,6 +175,40 @@ def samples(claim: Claim, arm: Arm) -> dict[str, Sample]:
     if not found:
         raise UndefinedError("no late depth lies behind the intervention")
     return found
+
+
+def _by_layer(arm: Arm, rows: pd.DataFrame, values: Column | Pair) -> Sample:
+    """Numerators and denominators of each layer, one column a layer.
+
+    A sequence that a layer was not looked at on counts 0 above and below.
+
+    Raises:
+        UndefinedError: No row has a layer and a value.
+    """
+    assert isinstance(values, tuple), "a ratio is made of a pair"
+    found: dict[int, Totals] = {}
+    layers = rows["layer"].to_numpy(dtype=float, na_value=np.nan)
+    there = np.isfinite(layers) & np.isfinite(values).all(axis=0)
+    for layer in np.unique(layers[there]):
+        here = there & (layers == layer)
+        found[int(layer)] = add_up(rows[here], (values[0][here], values[1][here]))
+    if not found:
+        raise UndefinedError("no sequence has a value in any layer")
+    names = sorted({name for totals in found.values() for name in totals.names})
+    above, below = np.zeros((2, len(names), len(found)))
+    for place, totals in enumerate(found.values()):
+        at = [names.index(name) for name in totals.names]
+        above[at, place], below[at, place] = totals.numerators, totals.denominators
+    return Sample(
+        arm,
+        tuple(names),
+        tuple(run.run_id for run in arm.runs),
+        above,
+        np.zeros(len(names), dtype=bool),
+        below,
+        unit="cluster",
+        n_prompts=max(totals.n_prompts for totals in found.values()),
+    )
 
 
 def _sample(arm: Arm, totals: Totals, *, takes_mean: bool) -> Sample:

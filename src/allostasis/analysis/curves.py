@@ -182,6 +182,12 @@ class RunView:
         rows = rows[(rows["metric"] == metric) & (rows["split"] == split)]
         return rows.reindex(columns=[*COLUMNS, *OF_INTERVENTIONS])
 
+    def records(self, metric: str) -> list[dict[str, Any]]:
+        """Rows of one metric that no intervention is of, with their intervals."""
+        rows = self._every_row
+        rows = rows[(rows["metric"] == metric) & rows["intervention"].isna()]
+        return [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
+
     def prompts(self, table: Table) -> pd.DataFrame:
         """Single prompts: one row a prompt and intervention, and a depth in `depths`.
 

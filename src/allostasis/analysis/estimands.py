@@ -11,6 +11,7 @@ import numpy as np
 from allostasis.analysis import statistics as st
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.intervals import Interval
+from allostasis.analysis.suppressors import GeometricRatio, exponential
 from allostasis.analysis.text import bracket, number
 
 BOOTSTRAP_FROM = 50  # units: below, BCa covers less than t
@@ -233,6 +234,29 @@ def log_ratio_of_sums(
         below=lambda bound: ratio.below(float(np.exp(bound))),
         sd=sd,
     )
+
+
+def geometric_ratio(
+    numerators: np.ndarray, denominators: np.ndarray, rng: np.random.Generator
+) -> Inference:
+    """Geometric mean over layers of ratios of sums over units, by BCa of its logarithm.
+
+    Args:
+        numerators: One row a unit, one column a layer.
+        denominators: Likewise.
+        rng: Where randomness comes from.
+    """
+    boot = GeometricRatio(numerators, denominators, rng)
+
+    def below(bound: float) -> float:
+        return 1 - boot.p_above(float(np.log(bound)))
+
+    return Inference(
+        float(np.exp(boot.estimate)), len(numerators),
+        lambda level: exponential(boot.interval(level)),
+        lambda b: boot.p_above(float(np.log(b))), below,
+        beside={"layers": str(numerators.shape[1])},
+    )  # fmt: skip
 
 
 def logarithm(interval: Interval) -> Interval:

@@ -158,6 +158,9 @@ def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference
         case "difference":
             assert control is not None
             return estimands.difference(values, control.values, rng)
+        case "geometric_ratio":
+            assert below is not None
+            return estimands.geometric_ratio(values, below, rng)
         case "hedges_g":
             assert control is not None
             return estimands.standardised_difference(values, control.values)

@@ -74,6 +74,19 @@ def norm_excess(depths: pd.DataFrame, positions: str) -> Pair:
     return column(depths, f"norm_{positions}"), column(depths, f"norm_{positions}_null")
 
 
+def head_variance(examples: pd.DataFrame) -> Pair:
+    """Energy of the suppressors' writes around their means, and of the clean heads' (E1).
+
+    One row a sequence and layer; as sums over sequences, variances but for one factor.
+    """
+    return column(examples, "energy"), column(examples, "energy_clean")
+
+
+def stream_variance(examples: pd.DataFrame) -> Pair:
+    """Energy of the last residual stream with the suppressors ablated, and intact (E2)."""
+    return column(examples, "stream"), column(examples, "stream_clean")
+
+
 def column(rows: pd.DataFrame, name: str) -> Column:
     """A column of the records.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +170,31 @@ def spearman_velocity_uniform(curve: Curve, run: RunView) -> float:
     """
     accuracy, values = run.over_transition(curve)
     return rank_correlation(np.gradient(accuracy), np.gradient(values))[0]
+
+
+def head_variance_ratio(run: RunView, value: str) -> float:
+    """Variance of suppressors' writes over clean heads' (E1), found by one kind of ablation."""
+    return _ratio_of(f"head_write_variance.ratio_{value}", run, value)
+
+
+def stream_variance_ratio(run: RunView, value: str) -> float:
+    """Variance of the last residual stream, suppressors ablated over intact (E2)."""
+    return _ratio_of(f"residual_variance.ratio_{value}", run, value)
+
+
+def _ratio_of(metric: str, run: RunView, value: str) -> float:
+    nothing = run.summary.get("no_ratio")
+    if isinstance(nothing, Mapping) and value in nothing:
+        raise UndefinedError(f"{nothing[value]} ({value} ablation)")
+    return float(run.curve(metric).values[-1])
+
+
+def holds(run: RunView, name: str) -> float:
+    """1 where a check that the run made of itself came out as it should, else 0."""
+    checks = run.summary.get("checks")
+    if not isinstance(checks, Mapping) or name not in checks:
+        raise UndefinedError(f"the run made no check '{name}'")
+    return float(bool(checks[name]))
 
 
 def handover(run: RunView) -> float:

@@ -156,7 +156,8 @@ def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
     for claim in claims:
         if claim.all_of:
             atoms = tuple(results[name] for name in claim.all_of)
-            result = Result(claim, hashes[claim.id], conjunction(atoms), atoms=atoms)
+            joined = agreement(atoms) if claim.agree else conjunction(atoms)
+            result = Result(claim, hashes[claim.id], joined, atoms=atoms)
             result = replace(result, changed=_changed(claim, hashes[claim.id], _arms_of(atoms)))
         else:
             result = replace(
@@ -325,6 +326,17 @@ def conjunction(atoms: Sequence[Result]) -> Verdict:
     if open_ones:
         return Verdict("undecided", f"not decided: {', '.join(open_ones)}")
     return Verdict("supported", f"all of {', '.join(words)}")
+
+
+def agreement(atoms: Sequence[Result]) -> Verdict:
+    """The word that all atoms have; undecided where they differ or are undecided themselves."""
+    words = {atom.claim.id: atom.verdict.word for atom in atoms}
+    first = atoms[0].verdict.word
+    if all(word == first for word in words.values()):
+        verb = "not decided" if first == "undecided" else "all of"
+        return Verdict(first, f"{verb}: {', '.join(words)}")
+    told = ", ".join(f"{name} {word}" for name, word in words.items())
+    return Verdict("undecided", f"they do not agree: {told}")
 
 
 def _changed(claim: Claim, digest: str, arms: Sequence[Arm]) -> tuple[str, ...]:

@@ -26,12 +26,14 @@ OF = {
     "kappa": "ratio of sums over {units} (kappa) of",
     "ratio_of_sums": "ratio of sums over {units} of",
     "log_ratio_of_sums": "logarithm of the ratio of sums over {units} of",
+    "geometric_ratio": "geometric mean over layers of ratios of sums over {units} of",
     "hedges_g": "standardised difference over {units} (Hedges's g) of",
 }
 TESTS = {
     "t": "one-sided t tests",
     "tost": "two one-sided t tests (TOST)",
     "binomial": "exact binomial tests",
+    "bootstrap": "the BCa bootstrap of the logarithm, inverted",
 }
 FIELLER = "the tests that Fieller inverts"
 TESTS_OF = {

@@ -15,16 +15,16 @@ from allostasis.callbacks.recorder import Identity
 from allostasis.core.records import METRICS_SCHEMA, TIMES_SCHEMA, UNITS_SCHEMA, write_table
 
 STEP = 0
-"""The `step` of every row: nothing is trained."""
+"""The `step` of a row that names none: nothing is trained."""
 
 
 class Tables(Callback):
     """Writes `outputs["tables"]` of a test step: data frames by file name.
 
-    `metrics` gets the columns of metrics.parquet and those that say which intervention a row is of;
-    every other table keeps its own, in single precision. What an experiment needs to go on after an
-    interruption it keeps below `workspace`, which is set before the test and removed when the run
-    is done.
+    `metrics` gets the columns of metrics.parquet and those that say which intervention a row is of,
+    and its own `step` where an experiment trains a model on its way; every other table keeps its
+    own, in single precision. What an experiment needs to go on after an interruption it keeps below
+    `workspace`, which is set before the test and removed when the run is done.
 
     Args:
         folder: The run's folder.
@@ -44,17 +44,23 @@ class Tables(Callback):
     ) -> None:
         """Write the tables."""
         del trainer, pl_module
+        steps = {STEP}
         for name, frame in outputs["tables"].items():
             frame = frame.assign(**vars(self.identity))
             if name == "metrics":
-                frame = frame.assign(step=STEP).reindex(columns=UNITS_SCHEMA.names)
+                frame = frame if "step" in frame else frame.assign(step=STEP)
+                steps = {*frame["step"]}
+                frame = frame.reindex(columns=UNITS_SCHEMA.names)
                 table = pa.Table.from_pandas(frame, schema=UNITS_SCHEMA, preserve_index=False)
             else:
                 single = dict.fromkeys(frame.select_dtypes("float64"), "float32")
                 frame = _leading(frame.astype(single))
                 table = pa.Table.from_pandas(frame, preserve_index=False)
             write_table(self.folder / f"{name}.parquet", table, table.schema, nullable=True)
-        now = [{"run_id": self.identity.run_id, "step": STEP, "time": time.time()}]
+        now = [
+            {"run_id": self.identity.run_id, "step": int(step), "time": time.time()}
+            for step in sorted(steps)
+        ]
         write_table(self.folder / "times.parquet", now, TIMES_SCHEMA)
 
 

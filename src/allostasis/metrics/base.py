@@ -72,6 +72,10 @@ class Snapshot:
         hits: Right or wrong of every position of every sequence, where positions are told apart.
         ceiling: Highest accuracy that any model can reach, by part; the main value's key is "".
         floor: Lowest cross-entropy in nats that any model can reach.
+        losses: Mean loss of each sequence in nats, with every head in place.
+        ablated_losses: The same with one head replaced.
+        features: Directions of features in the hidden space, one column each.
+        feature_density: Share of examples in which a feature is active, the same for all.
     """
 
     step: int
@@ -96,6 +100,10 @@ class Snapshot:
     hits: Bool[Tensor, "sequence position"] | None = None
     ceiling: Mapping[str, float] = field(default_factory=dict)
     floor: float | None = None
+    losses: Float[Tensor, " sequence"] | None = None
+    ablated_losses: Float[Tensor, "layer head sequence"] | None = None
+    features: Float[Tensor, "d feature"] | None = None
+    feature_density: float | None = None
     _known: dict[tuple[Callable[..., Any], tuple[str, ...]], Any] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -231,7 +239,7 @@ class Metric(torchmetrics.Metric):
         unit: `1`, `bit`, `nat`, `logit`, `resid`, `rad`, `deg`, `step`, `param`, or products.
         needs: Hook patterns in TransformerLens names, and `logits`, `labels`, `classes`, `params`,
             `before`, `grads`, `modulus`, `grid_logits`, `train_pairs`, `key_frequencies`,
-            `earlier.<hook>`, `initial.<hook>`.
+            `ablated_losses`, `features`, `earlier.<hook>`, `initial.<hook>`.
         reads_also: Hook patterns that are read where the model has them.
         axes: What the values are indexed by, of `layer`, `head`, `position`.
         parts: Names of the numbers beside the main one; `*` stands for any parameter's name.

@@ -1,0 +1,363 @@
+"""Superposition: what is found where something is, and that nothing is where nothing is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from allostasis.analysis import suppressors
+from allostasis.analysis.curves import UndefinedError
+from allostasis.analysis.polysemanticity import within_slope
+from allostasis.analysis.suppressors import Energies
+from allostasis.metrics.feature_capacity import feature_capacity
+from allostasis.metrics.feature_dimensionality import feature_dimensionality
+from allostasis.metrics.head_write_variance import class_variances, deviations
+from allostasis.models.toy_model import ToyModel
+
+N_SETS = 400
+
+
+def two_se(rate: float, n: int) -> float:
+    return 2 * float(np.sqrt(rate * (1 - rate) / n))
+
+
+# ---- finding
+
+
+def _clustered_null(rng: np.random.Generator, n: int = 96, heads: int = 8) -> np.ndarray:
+    """Effects without a mean: heavy tails, and half of each is shared by all heads."""
+    shared = rng.standard_t(4, size=(n, 1))
+    return 0.05 * (shared + rng.standard_t(4, size=(n, heads)))
+
+
+def test_detector_null_rate() -> None:
+    rng = np.random.default_rng(0)
+    found = [
+        suppressors.detect(_clustered_null(rng), rng, min_effect=0.0, flips=999).count > 0
+        for _ in range(N_SETS)
+    ]
+    assert np.mean(found) <= 0.05 + two_se(0.05, N_SETS)
+    effects = _clustered_null(rng) - 0.03  # heads that help, whatever their signs
+    rate = suppressors.null_selection_rate(effects, rng, min_effect=0.0)
+    assert rate <= 0.05 + two_se(0.05, 200)
+
+
+def test_the_circular_detector_fires_where_there_is_nothing() -> None:
+    """The source's way: the heads with most variance are suppressors, and their variance is read
+    on the samples that chose them. Ours reads it on others."""
+    rng = np.random.default_rng(1)
+    circular = split = chosen = 0
+    for _ in range(N_SETS):
+        seen, fresh = rng.lognormal(0, 1.1, size=(2, 32, 8))
+        means = seen.mean(axis=0)
+        selected = means > 1.5 * np.median(means)
+        if not selected.any() or selected.all():
+            continue
+        chosen += 1
+        for sample, where in ((seen, "circular"), (fresh, "split")):
+            energies = Energies(sample, np.ones(32), np.zeros(8, dtype=int))
+            interval = energies.compared(selected).interval(rng, draws=400)
+            assert interval.low is not None
+            outside = interval.low > 1
+            circular += outside and where == "circular"
+            split += outside and where == "split"
+    assert chosen / N_SETS > 0.3
+    assert circular / N_SETS > 0.15
+    assert split / N_SETS <= 0.05 + two_se(0.05, N_SETS)
+
+
+def test_a_real_suppressor_is_found_among_many_heads() -> None:
+    rng = np.random.default_rng(2)
+    effects = _clustered_null(rng, heads=40)
+    effects[:, 7] += 0.05
+    effects[:, 9] += 0.002  # real, and too small to matter
+    found = suppressors.detect(effects, rng, flips=4_999)
+    assert found.selected[7]
+    assert not found.selected[9]
+    assert found.count == 1
+
+
+# ---- measuring
+
+
+def test_ratio_interval_coverage() -> None:
+    coverage = suppressors.relabelled_coverage(np.random.default_rng(0), n_sets=N_SETS)
+    assert 0.93 - two_se(0.95, N_SETS) <= coverage <= 0.97 + two_se(0.95, N_SETS)
+
+
+@given(factor=st.floats(0.01, 100), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_the_ratio_and_its_interval_follow_the_scale(factor: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    plain = suppressors.simulated_energies(rng, n_sequences=30, n_heads=6)
+    layers = np.array([0, 0, 0, 1, 1, 1])
+    chosen = np.array([True, False, False, False, False, True])
+    before = Energies(plain.values, plain.tokens, layers).compared(chosen)
+    scaled = np.where(chosen, factor, 1.0) * plain.values
+    after = Energies(scaled, plain.tokens, layers).compared(chosen)
+    assert after.ratio == pytest.approx(factor * before.ratio)
+    assert before.ratio == pytest.approx(float(np.exp(np.log(before.by_layer).mean())))
+    low, high = (part.interval(np.random.default_rng(0), draws=200) for part in (before, after))
+    assert low.low is not None
+    assert high.low is not None
+    assert high.low == pytest.approx(factor * low.low, rel=1e-6)
+
+
+def test_variances_between_and_within_classes_add_up() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(60, 2, 3, generator=generator, dtype=torch.float64)
+    W_O = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)  # noqa: N806
+    classes = torch.arange(60) % 7
+    parts = class_variances(z, W_O, classes)
+    writes = torch.einsum("thk,hkd->thd", z, W_O)
+    total = writes.var(dim=0, correction=0).sum(dim=-1) / 5
+    assert_close(parts["between"] + parts["within"], total)
+    assert_close(deviations(z[None], W_O).mean(dim=(0, 1)), total)
+
+
+def test_no_layer_of_both_kinds_is_no_ratio() -> None:
+    energies = suppressors.simulated_energies(np.random.default_rng(0), n_heads=3)
+    with pytest.raises(UndefinedError, match="0 of 3 heads selected"):
+        energies.compared(np.zeros(3, dtype=bool))
+    with pytest.raises(UndefinedError, match="none is clean"):
+        energies.compared(np.ones(3, dtype=bool))
+
+
+# ---- controls on a trained model
+
+
+@pytest.fixture(scope="module")
+def run_arm(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+    """A function that runs one arm, small."""
+    from hydra import compose, initialize_config_dir
+
+    from allostasis.core.config import conf_dir, register, run_folder
+    from allostasis.run import run
+
+    register()
+    root = tmp_path_factory.mktemp("superposition")
+
+    def do(condition: str, *words: str) -> Path:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            cfg = compose("config", [
+                "exp=superposition", "preset=quick", f"condition='{condition}'", "threads=1",
+                "device=cpu", "module.draws=400", "module.outer=5", *words,
+            ])  # fmt: skip
+        folder = root / run_folder(cfg)
+        run(cfg, folder)
+        return folder
+
+    return do
+
+
+def test_planted_ratio_is_recovered(run_arm) -> None:  # noqa: ANN001
+    folder = run_arm("planted", "module.n_plants=2", "module.n_steps=200")
+    facts = json.loads((folder / "run.json").read_text())
+    plants = facts["plants"]
+    assert facts["status"] == "done"
+    assert plants["n_costly"] > 0
+    assert plants["n_costly_found"] == plants["n_costly"]
+    assert plants["ratio_3"]["mean"] == pytest.approx(3.0, rel=0.1)
+    assert plants["ratio_1"]["mean"] == pytest.approx(1.0, rel=0.1)
+    assert plants["ratio_3"]["above_2"] == 1.0
+
+
+def test_no_suppressor_gives_a_reason_and_no_ratio(run_arm) -> None:  # noqa: ANN001
+    import pandas as pd
+
+    from allostasis.analysis import claims
+    from allostasis.analysis.aggregate import arms
+    from allostasis.analysis.curves import RunView
+    from allostasis.analysis.verdicts import judge
+    from allostasis.core.records import read_run
+    from allostasis.experiments import superposition
+
+    quiet = ("module.n_steps=20", "module.n_sequences=32", "module.min_effect=10.0")
+    lm = ("model=tiny", "model.arch=llama", "task.n_sequences=16", "task.n_tokens=16")
+    folders = [run_arm("suppressors_toy", *quiet), run_arm("suppressors_lm", *quiet, *lm)]
+    for folder in folders:
+        metrics = pd.read_parquet(folder / "metrics.parquet")
+        assert not metrics["metric"].str.contains("ratio").any()
+        assert json.loads((folder / "suppressors.json").read_text())["resample"]["n_selected"] == 0
+    views = [RunView(read_run(folder)) for folder in folders]
+    registered = claims.load(Path(superposition.__path__[0]), "superposition")
+    results = {result.claim.id: result for result in judge(registered, arms(views))}
+    for name in ("D1.toy.resample", "D1.lm.resample", "D2.toy.resample", "D3.ratio.lm.resample"):
+        assert results[name].verdict.word == "undecided"
+        assert results[name].inference is None
+        alike = results[name].claim.model_copy(update={"settings": {}})
+        (again,) = judge([alike], arms(views))
+        assert "none found: 0 of" in again.verdict.reason
+    assert results["D1"].verdict.word == "undecided"
+
+
+def test_a_run_that_was_cut_short_does_not_train_again(tmp_path: Path) -> None:
+    from allostasis.experiments.superposition.collected import Collected
+    from allostasis.experiments.superposition.training import held_out, train
+    from allostasis.models.toy_transformer import ToyTransformer
+    from allostasis.tasks.interleaved_patterns import InterleavedPatterns
+
+    task = InterleavedPatterns(seed=0, seq_len=16, vocab_size=32)
+    watch = held_out(task, 16)["measure"]
+    made = []
+    for _ in range(2):
+        model, found = ToyTransformer(seed=0, vocab_size=32, seq_len=16, d_model=16), Collected()
+        train(
+            model, task, n_steps=4, lr=1e-3, watch=watch, found=found,
+            keep=tmp_path / "trained.safetensors", name="test",
+        )  # fmt: skip
+        made.append((model, found))
+    (first, rows), (again, same) = made
+    assert rows.readings == same.readings
+    assert all(map(torch.equal, first.parameters(), again.parameters()))
+
+
+# ---- toy models of superposition
+
+
+@given(
+    m=st.integers(1, 6), n=st.integers(1, 9), seed=st.integers(0, 10_000),
+    factor=st.floats(0.01, 50),
+)  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_capacity_and_dimensionality_keep_to_their_bounds(
+    m: int, n: int, seed: int, factor: float
+) -> None:
+    W = torch.randn(m, n, generator=torch.Generator().manual_seed(seed)).double()  # noqa: N806
+    capacity, size = feature_capacity(W), feature_dimensionality(W)
+    assert bool(((capacity >= 0) & (capacity <= 1 + 1e-12)).all())
+    assert capacity.sum() <= m + 1e-9
+    assert bool(((size >= 0) & (size <= 1 + 1e-12)).all())
+    assert_close(feature_capacity(factor * W), capacity)
+    assert_close(feature_dimensionality(factor * W), size)
+
+
+def test_an_antipodal_pair_shares_a_dimension() -> None:
+    pair = torch.tensor([[0.7, -0.7, 0.0], [0.0, 0.0, 1.3]]).double()
+    assert feature_dimensionality(pair).tolist() == pytest.approx([0.5, 0.5, 1.0])
+    assert feature_capacity(pair).tolist() == pytest.approx([0.5, 0.5, 1.0])
+
+
+def test_models_side_by_side_train_as_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shown = torch.rand(20, 3, 32, 5, generator=generator)
+    importance = torch.tensor([1.0, 0.9, 0.5])[:, None] ** torch.arange(5)
+
+    def train(which: list[int]) -> torch.Tensor:
+        model = ToyModel(seed=0, n_models=len(which), d_hidden=2, n_features=5)
+        optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for x in shown:
+            optimiser.zero_grad()
+            model.losses(x[which], importance[which]).sum().backward()
+            optimiser.step()
+        return model.W.detach()
+
+    together = train([0, 1, 2])
+    for which in range(3):
+        assert_close(train([which])[0], together[which], rtol=1e-5, atol=1e-6)
+
+
+def test_dense_features_of_unlike_importance_get_a_dimension_each() -> None:
+    from allostasis.experiments.superposition.features import Grid, train
+
+    grid = Grid(
+        hidden=[3], ratios=[2], densities=[1.0], decays=[0.5], n_steps=4_000, batch_size=256,
+        lr=1e-2,
+    )  # fmt: skip
+    model, _ = train(grid, 3, 6, seed=0, device="cpu", name="test")
+    W = model.W[0]  # noqa: N806
+    represented = W.square().sum(dim=0) >= 1e-3
+    assert represented.tolist() == [True] * 3 + [False] * 3
+    directions = W[:, :3] / W[:, :3].norm(dim=0)
+    assert_close(directions.T @ directions, torch.eye(3), rtol=0, atol=0.02)
+
+
+@given(slope=st.integers(-30, 30).map(lambda tenth: tenth / 10), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_a_slope_within_groups_does_not_see_the_groups(slope: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, groups = rng.normal(size=40), rng.integers(0, 5, size=40)
+    level = rng.normal(scale=50, size=5)
+    found = within_slope(x, slope * x + level[groups], groups.tolist())
+    assert found.estimate == pytest.approx(slope, abs=1e-9)
+
+
+def test_a_slope_needs_something_that_varies() -> None:
+    with pytest.raises(UndefinedError, match="no two features of one cell"):
+        within_slope(np.ones(3), np.arange(3.0), [0, 1, 2])
+
+
+# ---- the predecessor's procedure
+
+
+def test_the_published_script_finds_no_suppressor_and_ratios_about_one() -> None:
+    """Tokens without pattern, 63 updates, coordinates of the attention's output for heads, and
+    variance for suppression: ablated over intact, which hardly anything can raise."""
+    from allostasis.models.toy_transformer import ToyTransformer
+
+    generator = torch.Generator().manual_seed(0)
+    model = ToyTransformer(
+        seed=0, vocab_size=256, seq_len=32, d_model=64, n_layers=2, n_heads=4, d_ff=256
+    )
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(63):
+        tokens = torch.randint(256, (32, 33), generator=generator)
+        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).mT, tokens[:, 1:])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    model.requires_grad_(False)
+    tokens = torch.randint(256, (64, 32), generator=generator)
+
+    def variance(layer: int, coordinates: slice | None) -> float:
+        def silence(value: torch.Tensor, hook: object) -> torch.Tensor:
+            del hook
+            changed = value.clone()
+            changed[..., coordinates] = 0
+            return changed
+
+        hooks = [] if coordinates is None else [(f"blocks.{layer}.hook_attn_out", silence)]
+        with model.hooks(fwd_hooks=hooks):
+            _, cache = model.run_with_cache(tokens)
+        stream = cache["blocks.1.hook_resid_post"]
+        return float(stream.var(dim=(0, 1)).mean())
+
+    ratios = [
+        variance(layer, slice(16 * head, 16 * head + 16)) / variance(layer, None)
+        for layer in range(2)
+        for head in range(4)
+    ]
+    assert all(0.85 < ratio < 1.1 for ratio in ratios), ratios
+    assert not any(ratio > 1.5 for ratio in ratios)  # the script's own criterion
+
+
+def test_a_scan_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from allostasis.engines.subjects import ToySubject
+    from allostasis.experiments.superposition import survey as module
+    from allostasis.experiments.superposition.survey import Rule, Survey
+    from allostasis.experiments.superposition.training import held_out
+    from allostasis.models.toy_transformer import ToyTransformer
+    from allostasis.tasks.interleaved_patterns import InterleavedPatterns
+
+    monkeypatch.setattr(module, "PIECE", 4)
+    toy = ToyTransformer(seed=0, vocab_size=32, seq_len=16, d_model=16).requires_grad_(False)
+    splits = held_out(InterleavedPatterns(seed=0, seq_len=16, vocab_size=32), 32)
+    heads = [(0, head) for head in range(4)]
+
+    def scan(keep: Path | None) -> np.ndarray:
+        survey = Survey(ToySubject(toy), splits, heads, seed=0, rule=Rule(), keep=keep)
+        return survey.effects("resample", "select")
+
+    whole, first = scan(None), scan(tmp_path)
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) == 3
+    kept[1].unlink()
+    np.testing.assert_array_equal(scan(tmp_path), whole)
+    np.testing.assert_array_equal(first, whole)
