@@ -6,7 +6,7 @@ RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench report study grokking ioi superposition
+.PHONY: help install demo test test-all check format bench report study grokking ioi constraint superposition
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ grokking: .venv/installed ## the whole grokking design: both conditions, eight s
 
 ioi: .venv/smollm2 ## the IOI audit of SmolLM2: all conditions (an hour; ARGS=... adds overrides)
 	$(RUN) +exp=ioi -m $(ARGS)
+
+constraint: .venv/installed ## frozen heads and clamps: every arm, eight seeds, full size (for a GPU; ARGS=preset=quick is for CPUs)
+	$(RUN) +exp=constraint -m $(ARGS)
 
 superposition: .venv/smollm2 ## suppressors and their variance: five arms, eight seeds (days on two cores, most for the language model; ARGS=... adds overrides)
 	$(RUN) +exp=superposition -m $(ARGS)

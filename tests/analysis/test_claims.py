@@ -64,7 +64,7 @@ def test_a_file_of_several_experiments_gives_each_its_own(tmp_path: Path) -> Non
         ("bound: 0.5", "bond: 0.5", "X1: bond: no such key; did you mean 'bound'?"),
         ("split: test", "slit: test", "X1: estimand.slit: no such key; did you mean 'split'?"),
         ("of: mean", "of: meen", "X1: estimand.of='meen': Input should be 'mean'"),
-        ("summary: final", "summary: finl", "no summary is called 'finl'; there are final, peak"),
+        ("summary: final", "summary: finl", "no summary is called 'finl'; there are final, end"),
         ("summary: final", "summary: at_step", "'at_step' takes 1: when"),
         ("bound: 0.5", "bound: [0, 1]", "bound (0.0, 1.0) does not fit 'greater': give a number"),
         ("direction: greater", "direction: inside", "does not fit 'inside': give [low, high]"),
