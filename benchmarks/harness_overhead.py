@@ -6,13 +6,16 @@ Grokking at full size (p = 113, 30 % of the pairs). Both sides start from the sa
 the same updates; their final weights must be equal bit for bit. The harness runs as `run.py` sets
 it up, with all metrics, evaluations, resume points and a CSV logger, in the two regimes of its
 cadence: sparse (a record every 100 updates) and dense (one every 10). A full run's cost is their
-mean, weighted by the share of updates that its cadence spent in dense stretches, as counted in the
-recorded study. Modules are imported, and each side done for 20 updates, before time is taken.
+mean, weighted by the share of updates that its cadence spends in dense stretches: as many as were
+counted in the recorded study, of the t_grok + stop_after_grok updates of the full preset (the
+study's own runs ended sooner). Modules are imported, and each side done for 20 updates, before time
+is taken.
 
 Last line: time of the bare loop over ours at the cadence of a full run; 0.91 is 10 % overhead.
 """
 
 import argparse
+import json
 import logging
 import statistics
 import sys
@@ -26,14 +29,16 @@ import pandas as pd
 STUDY = Path(__file__).parents[1] / "experiments" / "2026-11-23_grokking_weight_decay" / "runs"
 
 
-def dense_share() -> float:
-    """Share of updates in dense stretches, mean over the recorded runs of `high_wd`."""
+def dense_share(stop_after_grok: int = 10_000) -> float:
+    """Share of updates in dense stretches in a full run, mean over the recorded `high_wd` runs."""
     shares = []
     for path in sorted(STUDY.rglob("high_wd/*/*/metrics.parquet")):
+        grokked = json.loads((path.parent / "run.json").read_text())["summary"]["t_grok"]
         table = pd.read_parquet(path, columns=["step", "metric"])
         steps = sorted(table.loc[table["metric"] == "logit_scale", "step"].unique())
         gaps = [late - early for early, late in zip(steps, steps[1:], strict=False)]
-        shares.append(sum(gap for gap in gaps if gap == 10) / steps[-1])
+        dense = sum(gap for gap in gaps if gap == 10)
+        shares.append(dense / (grokked + stop_after_grok))
     if not shares:
         sys.exit(f"no recorded run of high_wd under {STUDY}: give --dense-share")
     return statistics.mean(shares)

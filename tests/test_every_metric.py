@@ -41,7 +41,7 @@ AUDIT_KEYS = {
 }
 PSEUDO_NEEDS = {
     *("logits", "labels", "classes", "params", "before", "grads"),
-    *("grid_logits", "train_pairs", "key_frequencies", "ablated_losses", "features"),
+    *("modulus", "grid_logits", "train_pairs", "key_frequencies", "ablated_losses", "features"),
 }
 
 every_metric = pytest.mark.parametrize("name", METRICS)

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import statsmodels.api as sm
+from hypothesis import given
+from hypothesis import strategies as draws
 from numpy.testing import assert_allclose
 from scipy import ndimage, stats
 from statsmodels.stats.multitest import multipletests
@@ -428,3 +430,30 @@ def test_unanimity_asks_for_all_of_them() -> None:
     assert estimands.proportion(hits).above(0.5) < 0.05
     assert estimands.proportion(hits, unanimous=True).above(0.5) == 1.0
     assert estimands.proportion(np.ones(8), unanimous=True).above(0.5) == pytest.approx(0.5**8)
+
+
+@given(
+    left=draws.lists(draws.floats(-3, 3), min_size=4, max_size=8),
+    shift=draws.floats(-2, 6), bound=draws.floats(-1, 5),
+)  # fmt: skip
+def test_the_tests_of_a_standardised_difference_invert_its_interval(
+    left: list[float], shift: float, bound: float
+) -> None:
+    one = np.array(left) + np.arange(len(left)) * 0.1
+    other = one[::-1] * 0.7 - shift
+    found = estimands.standardised_difference(one, other)
+    if found.untestable:
+        return
+    interval = found.interval(0.95)
+    assert interval.low is not None
+    assert interval.high is not None
+    assert found.above(interval.low) == pytest.approx(0.025, abs=1e-6)
+    assert found.below(interval.high) == pytest.approx(0.025, abs=1e-6)
+    assert found.above(bound) + found.below(bound) == pytest.approx(1.0)
+    assert (found.above(bound) < 0.025) == (interval.low > bound)
+
+
+def test_a_standardised_difference_of_equal_units_is_not_tested() -> None:
+    found = estimands.standardised_difference(np.ones(5), np.zeros(5))
+    assert "effect size needs" in found.untestable
+    assert found.estimate is None

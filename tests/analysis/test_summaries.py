@@ -151,3 +151,12 @@ def test_rows_that_repeat_exactly_count_once(tmp_path: Path, write_run: Writer) 
 def test_what_was_not_recorded_is_said_by_name(run: RunView) -> None:
     with pytest.raises(UndefinedError, match="dprime was not recorded on split 'test'"):
         run.curve("dprime", split="test")
+
+
+def test_end_is_the_last_record_and_at_accuracy_reads_where_accuracy_arrives(run: RunView) -> None:
+    accuracy = run.curve("accuracy", split="test")
+    steps = Curve(np.array([0, 20_000]), np.array([0.0, 20_000.0]))  # its value is the step
+    assert summaries.end(steps) == 20_000.0
+    assert accuracy.at(summaries.at_accuracy(steps, run, "0.5")) == pytest.approx(0.5)
+    with pytest.raises(UndefinedError, match=r"accuracy 1.5 was not reached by step 20000"):
+        summaries.at_accuracy(steps, run, "1.5")

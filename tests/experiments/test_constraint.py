@@ -300,3 +300,25 @@ def test_an_interrupted_run_resumes_to_the_same_records(tmp_path: Path) -> None:
         )
         pd.testing.assert_frame_equal(whole, cut)
     assert read(tmp_path / "cut")["summary"] == read(tmp_path / "whole")["summary"]
+
+
+def test_the_report_draws_every_figure_and_says_what_was_frozen(root: Path) -> None:
+    from allostasis.report import main
+
+    arms = ("control", "constraint", "constraint_routing", "naive_clamp", "mean_preserving_clamp")
+    for seed in (5, 6, 7):
+        for condition in arms:
+            do(root / "whole", condition, f"seed={seed}")
+    do(root / "whole", "class_shrink_b")
+    folder = root / "whole/outputs/constraint"
+    assert main([str(folder)]) == 0
+    drawn = {path.stem for path in (folder / "report/figures").glob("*.png")}
+    assert drawn >= {
+        "figure_1_overlay", "divergence", "ends", "variance", "identity", "positions", "forest",
+        "phase_diagram",
+    }  # fmt: skip
+    text = (folder / "report/REPORT.md").read_text()
+    for words in ("Accuracy and its ceiling", "What was frozen", "What the clamps do", "of 1.0000"):
+        assert words in text
+    verdicts = json.loads((folder / "report/verdicts.json").read_text())
+    assert "A.dissociate" in json.dumps(verdicts)

@@ -154,7 +154,7 @@ def _differences(arm: Arm, base: Arm, quantity: Quantity) -> list[Curve]:
 def _mark_first(axis: Axes, pairs: Sequence[Curve], colour: str) -> None:
     steps = sorted(set.intersection(*({*curve.steps.tolist()} for curve in pairs)))
     for step in steps:
-        low, high = _ends(np.array([curve.at(step) for curve in pairs]))
+        low, high = _ends(np.array([curve.at(float(step)) for curve in pairs]))
         if low > 0 or high < 0:
             axis.axvline(step, color=colour, lw=0.9, ls=":")
             return

@@ -69,7 +69,7 @@ def noncentral_above(t: float, df: int, delta: float) -> float:
     """P(T >= t) of a noncentral t: the one-sided p of "the noncentrality is at most delta"."""
     if t < 0:  # far tails of a negative t are not a number in scipy
         return 1 - noncentral_above(-t, df, -delta)
-    return float(stats.nct.sf(t, df, delta))
+    return 1 - float(stats.nct.cdf(t, df, delta))  # scipy's sf is 0 for a large t
 
 
 def _noncentrality(t: float, df: int, share: float) -> float:

@@ -6,7 +6,7 @@ data raises `UndefinedError` with the reason, which the report prints in its pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,17 +32,22 @@ if TYPE_CHECKING:
 
     from allostasis.analysis.aggregate import Arm
 
-EVENTS = {
+Events = Mapping[str, tuple[str, str]]
+"""Events to mark, with what they are called and their marker."""
+
+EVENTS: Events = {
     "t_mem": ("memorised (t_mem)", "o"),
     "t_clean": ("cleanup begins (t_clean)", "s"),
     "t_grok": ("generalised (T_grok)", "*"),
 }
 
 
-def phase_diagram(arms: Sequence[Arm], across: Sequence[Quantity], up: Quantity) -> Canvas:
+def phase_diagram(
+    arms: Sequence[Arm], across: Sequence[Quantity], up: Quantity, events: Events = EVENTS
+) -> Canvas:
     """One quantity against others along training: rows are quantities, columns are arms.
 
-    Colour is the step, markers are the runs' events, thin lines join a seed's records.
+    Colour is the step, markers are the runs' `events`, thin lines join a seed's records.
     """
     with style() as plt:
         figure, axes = plt.subplots(
@@ -58,7 +63,7 @@ def phase_diagram(arms: Sequence[Arm], across: Sequence[Quantity], up: Quantity)
         for row, quantity in zip(axes, across, strict=True):
             for axis, arm in zip(row, arms, strict=True):
                 for run in arm.runs:
-                    points = _trajectory(axis, run, quantity, up, last)
+                    points = _trajectory(axis, run, quantity, up, last, events)
                 axis.set_xlabel(quantity.label)
         for axis, arm in zip(axes[0], arms, strict=True):
             axis.set_title(f"{arm.condition}, {count(arm)}")
@@ -69,13 +74,15 @@ def phase_diagram(arms: Sequence[Arm], across: Sequence[Quantity], up: Quantity)
             plt.Line2D(
                 [], [], marker=marker, color="white", markeredgecolor=INK, ls="", ms=8, label=label
             )
-            for label, marker in EVENTS.values()
+            for label, marker in events.values()
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
-def _trajectory(axis: Axes, run: RunView, across: Quantity, up: Quantity, last: int) -> Any:
+def _trajectory(
+    axis: Axes, run: RunView, across: Quantity, up: Quantity, last: int, events: Events
+) -> Any:
     x, y = across.of(run), up.of(run)
     steps, left, right = np.intersect1d(x.steps, y.steps, return_indices=True)
     axis.plot(x.values[left], y.values[right], color=GREY, lw=0.4, alpha=0.6, zorder=1)
@@ -91,7 +98,7 @@ def _trajectory(axis: Axes, run: RunView, across: Quantity, up: Quantity, last: 
         zorder=2,
         rasterized=True,
     )
-    for event, (_, marker) in EVENTS.items():
+    for event, (_, marker) in events.items():
         step = run.event(event)
         if step is not None:
             axis.plot(

@@ -65,7 +65,7 @@ class Accuracy(Metric):
 
     Parts:
         over_ceiling: Accuracy divided by the best that any model can reach on the task; likewise
-            `<group>_over_ceiling` of a group.
+            `all_over_ceiling`, `predictable_over_ceiling` and `last_over_ceiling`.
         all: Accuracy over all scored tokens.
         predictable: Over tokens that the past determines.
         last: Over the last token of each sequence.

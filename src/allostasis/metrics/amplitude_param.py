@@ -43,7 +43,7 @@ def spectral_norm(
 ) -> Float[Tensor, " head"]:
     """Largest singular value of each head's OV circuit, without forming it.
 
-    s_1(diag(gamma) W_V W_O) = s_1(R_V R_O^T), with V' = Q_V R_V and W_O^T = Q_O R_O
+    s_1(diag(gamma) W_V W_O)^2 is the largest eigenvalue of R^T W_O W_O^T R, with V'^T V' = R R^T
 
     Args:
         W_V: Value weights.
@@ -60,9 +60,11 @@ def spectral_norm(
         >>> spectral_norm(2 * torch.eye(3)[None], torch.eye(3)[None]).item()
         2.0
     """
-    read = torch.linalg.qr(_scaled(W_V, gain), mode="r").R
-    write = torch.linalg.qr(precise(W_O).mT, mode="r").R
-    return torch.linalg.matrix_norm(read @ write.mT, ord=2)
+    read, write = _scaled(W_V, gain), precise(W_O)
+    values, vectors = torch.linalg.eigh(read.mT @ read)
+    root = vectors * values.clamp(min=0).sqrt()[..., None, :]
+    gram = root.mT @ (write @ write.mT) @ root
+    return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0).sqrt()
 
 
 def _scaled(weights: Tensor, gain: Tensor | None) -> Tensor:

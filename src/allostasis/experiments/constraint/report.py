@@ -22,6 +22,7 @@ DRIFT = 0.05  # bit: a frozen head that drifts more refutes the arm's own premis
 ACCURACY = Quantity("accuracy", "accuracy, predictable (Psi)", "test")
 LAST = Quantity("accuracy.last", "accuracy, last position", "test")
 LOGIT_SCALE = Quantity("logit_scale", "logit scale (A), logit", "test")
+BAND = {"t_low": ("accuracy 15 %", "o"), "t_high": ("accuracy 85 %", "s")}
 TERMS = (
     Quantity("log_margin.scale", "log A (logit scale)", "test"),
     Quantity("log_margin.alignment", "log G (alignment)", "test"),
@@ -89,8 +90,9 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
         Figure(
             "phase_diagram",
             "Phase diagram",
-            "Accuracy against two amplitudes; every seed, coloured by step.",
-            lambda: phase_diagram(draw.chosen(arms, MUST), (SITE, LOGIT_SCALE), ACCURACY),
+            "Accuracy against two amplitudes; every seed, coloured by step. An arm that does not "
+            "reach 85 % has no mark.",
+            lambda: phase_diagram(draw.chosen(arms, MUST), (SITE, LOGIT_SCALE), ACCURACY, BAND),
         ),
         Figure(
             "identity",
