@@ -453,6 +453,24 @@ def test_the_tests_of_a_standardised_difference_invert_its_interval(
     assert (found.above(bound) < 0.025) == (interval.low > bound)
 
 
+@pytest.mark.parametrize(
+    ("t", "df", "delta"), [(2.0, 6, 1.0), (5.0, 10, 4.0), (0.5, 4, -1.0), (3.0, 30, 2.5), (0, 2, 1)]
+)
+def test_the_noncentral_t_is_scipys_where_scipys_is_right(t: float, df: int, delta: float) -> None:
+    wanted = stats.nct.sf(t, df, delta)
+    assert st.noncentral_above(float(t), df, float(delta)) == pytest.approx(wanted, abs=1e-11)
+    mirrored = st.noncentral_above(-float(t), df, -float(delta))
+    assert mirrored == pytest.approx(1 - wanted, abs=1e-11)
+
+
+def test_the_noncentral_t_is_sampled_where_scipy_gives_up() -> None:
+    rng = np.random.default_rng(0)
+    for t, df, delta in ((6.9, 6, -10.0), (60.0, 3, 40.0), (29.0, 5, 33.0)):
+        s = np.sqrt(rng.chisquare(df, 400_000) / df)
+        share = np.mean((rng.normal(size=400_000) + delta) / s >= t)
+        assert st.noncentral_above(t, df, delta) == pytest.approx(share, abs=0.003)
+
+
 def test_a_standardised_difference_of_equal_units_is_not_tested() -> None:
     found = estimands.standardised_difference(np.ones(5), np.zeros(5))
     assert "effect size needs" in found.untestable

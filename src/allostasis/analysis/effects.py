@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -66,19 +67,54 @@ def _effect(difference: float, sd: float, se_of_d: float, df: int, level: float)
 
 
 def noncentral_above(t: float, df: int, delta: float) -> float:
-    """P(T >= t) of a noncentral t: the one-sided p of "the noncentrality is at most delta"."""
-    if t < 0:  # far tails of a negative t are not a number in scipy
+    """P(T >= t) of a noncentral t: the one-sided p of "the noncentrality is at most delta".
+
+    1 - E Phi(t s - delta) over s = sqrt(chi^2_df / df), integrated; scipy's `nct` gives 0 or NaN
+    where t and delta lie far apart.
+
+    Example:
+        >>> round(noncentral_above(2.0, 10, 0.0), 6)  # the central t
+        0.036694
+    """
+    if t < 0:
         return 1 - noncentral_above(-t, df, -delta)
-    return 1 - float(stats.nct.cdf(t, df, delta))  # scipy's sf is 0 for a large t
+    if t > STEEP:  # then Phi is a step to the nodes of s, and P(s <= (z + delta) / t) is not
+        z, weight = _nodes(-9.0, 9.0)
+        reached = stats.chi.cdf(np.maximum(z + delta, 0) / t, df, scale=1 / math.sqrt(df))
+        found = float(weight @ (stats.norm.pdf(z) * reached))
+    else:
+        s, mass = _spread(df)
+        found = float(mass @ special.ndtr(delta - t * s))
+    return min(1.0, max(0.0, found))
+
+
+STEEP = 30.0
+N_NODES = 600
+
+
+@cache
+def _nodes(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of Gauss and Legendre's rule."""
+    at, weight = np.polynomial.legendre.leggauss(N_NODES)
+    return (high - low) / 2 * at + (high + low) / 2, (high - low) / 2 * weight
+
+
+@cache
+def _spread(df: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes of s = sqrt(chi^2_df / df), and the probability that each stands for."""
+    scale = 1 / math.sqrt(df)
+    ends = stats.chi.ppf(1e-15, df, scale=scale), stats.chi.isf(1e-15, df, scale=scale)
+    s, weight = _nodes(*map(float, ends))
+    return s, weight * stats.chi.pdf(s, df, scale=scale)
 
 
 def _noncentrality(t: float, df: int, share: float) -> float:
     """The noncentrality at which `share` of the distribution lies below t."""
-    if t < 0:  # far tails of a negative t are not a number in scipy
-        return -_noncentrality(-t, df, 1 - share)
 
     def surplus(delta: float) -> float:
-        return float(stats.nct.cdf(t, df, delta)) - share
+        return 1 - noncentral_above(t, df, delta) - share
 
-    root = optimize.root_scalar(surplus, bracket=(-10.0, 2 * t + 10), xtol=1e-12)
+    # t / delta is about s, which is rarely far from 1; the normal part adds less than 10
+    reach = abs(t) * float(stats.chi.isf(1e-6, df)) / math.sqrt(df) + 10
+    root = optimize.root_scalar(surplus, bracket=(-reach, reach), xtol=1e-12)
     return float(root.root)
