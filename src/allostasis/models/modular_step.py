@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, embedding_bag
 
 Matmul = Literal["float32", "bfloat16"]
-BLOCK = 226  # pairs at a time where only logits are wanted: about half a megabyte of activations
+BLOCK = 1130  # pairs at a time where only logits are wanted: 3 MB of activations
 LANES = 16  # table rows are padded to whole vectors of this many float32 numbers
 
 
