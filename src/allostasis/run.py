@@ -115,8 +115,13 @@ def _open(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) -> 
 
 
 def _read_first(cfg: DictConfig, folder: Path) -> dict[str, RunRecord]:
-    """The finished runs of other arms that this one reads; those that are missing are made."""
+    """The finished runs of other arms that this one reads; those that are missing are made.
+
+    This run is built once before, so that what is wrong with it is told before others are made.
+    """
     conditions = cfg.module.get("reads") or []
+    if conditions:
+        _build_all(cfg)
     return {c: locate.finished(cfg, c, run, beside=folder) for c in conditions}
 
 
@@ -136,8 +141,7 @@ def _work(
         facts["gates"] = {gate.name: vars(gate) | {"passed": gate.passed} for gate in gates}
 
     L.seed_everything(cfg.seed, verbose=False)
-    task = _build(cfg.task)
-    module = _build(cfg.module, model=_build(cfg.model), task=task)
+    task, module = _build_all(cfg)
     if earlier:
         facts["read"] = {
             condition: {"run_id": record.run["run_id"], "checkpoints": record.run["checkpoints"]}
@@ -156,6 +160,12 @@ def _work(
     verified = all(gate["passed"] for gate in facts.get("gates", {}).values())
     verified = verified and facts.get("verify", {}).get("passed", True)
     return facts, "done" if verified else "failed_verification"
+
+
+def _build_all(cfg: DictConfig) -> tuple[Any, Any]:
+    """The task, and the module around it and the model."""
+    task = _build(cfg.task)
+    return task, _build(cfg.module, model=_build(cfg.model), task=task)
 
 
 def _build(node: DictConfig, **supplied: Any) -> Any:

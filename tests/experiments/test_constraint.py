@@ -183,8 +183,10 @@ def test_a_clamp_that_a_norm_undoes_is_refused_and_runs_labelled_when_allowed(ro
     from allostasis.interventions.clamp import InertError
 
     last = "module.clamp.site=blocks.1.hook_resid_post"
+    alone = root / "refused"
     with pytest.raises(InertError, match="LayerNorm first"):
-        do(root, "naive_clamp", last)
+        do(alone, "naive_clamp", last)
+    assert not (alone / "outputs/constraint/control").exists()  # told before the control is made
     folder = do(root, "naive_clamp", last, "allow_inert=true", "force=true")
     assert read(folder)["effect"]["label"] == "inert"
     assert read(folder)["effect"]["effect_logits"] < 1e-3
