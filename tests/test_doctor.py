@@ -9,7 +9,11 @@ from allostasis import doctor
 from allostasis.core.config import conf_dir
 from allostasis.models import packages
 
-MODELS = {path.stem for path in (conf_dir() / "model").glob("*.yaml")} - {"modular_transformer"}
+MODELS = {
+    path.stem
+    for path in (conf_dir() / "model").glob("*.yaml")
+    if "lens.pretrained" in path.read_text(encoding="utf-8")
+}
 
 
 @pytest.fixture
