@@ -389,7 +389,7 @@ def induction_oracle(
 
     Example:
         >>> induction_oracle(torch.tensor([[3, 5, 4, 5, 3, 5, 4]])).tolist()
-        [[-1, -1, -1, 5, 5, 4]]
+        [[-1, -1, -1, -1, 5, 4]]
     """
     said = torch.full_like(tokens, -1)
     for start in (0, 1):
