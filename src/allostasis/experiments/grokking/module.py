@@ -100,15 +100,16 @@ class Grokking(L.LightningModule):
     def training_step(self, batch: Pairs, batch_idx: int) -> None:
         """Do the next chunk of updates."""
         del batch_idx
-        optimiser = self.optimizers()
-        assert isinstance(optimiser, LightningOptimizer)
+        wrapped = self.optimizers()
+        assert isinstance(wrapped, LightningOptimizer)
+        optimiser = wrapped.optimizer  # Lightning's wrapper costs as much as fused AdamW itself
         self._before = _copy(dict(self.model.named_parameters()))
         for _ in range(min(self.chunk, self.max_steps - self.updates)):
             rate = self.lr * min(1.0, (self.updates + 1) / max(1, self.warmup_steps))
             for group in optimiser.param_groups:
                 group["lr"] = rate
             optimiser.zero_grad()
-            self.manual_backward(self._loss(self.model, batch))
+            self._loss(self.model, batch).backward()
             optimiser.step()
             self.updates += 1
 
