@@ -45,7 +45,7 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
 
     Raises:
         Interrupted: By Ctrl-C or SIGTERM; the same command resumes the run.
-        RuntimeError: Another process is at work in the folder.
+        BusyError: Another process is at work in the folder.
         ValueError: The device is not there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RuntimeError(f"{folder}: another process is at work on this run") from None
+        raise locate.BusyError(f"{folder}: another process is at work on this run") from None
     with lock, interruptible():
         if cfg.force:
             _clear(folder)

@@ -57,6 +57,25 @@ def test_the_other_run_is_made_once_in_the_same_outputs(cfg: DictConfig, tmp_pat
     assert made == [tmp_path / run_folder(sibling(cfg, "control"))]
 
 
+def test_a_run_that_another_process_is_at_is_waited_for(
+    cfg: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from allostasis.core import locate
+    from allostasis.core.config import run_folder
+
+    made: list[Path] = []
+    busy = iter((True, True, False))
+
+    def sometimes(other: DictConfig, folder: Path) -> None:
+        if next(busy):
+            raise locate.BusyError("another process")
+        make(made)(other, folder)
+
+    monkeypatch.setattr(locate, "WAIT", 0.0)
+    locate.finished(cfg, "control", sometimes, beside=tmp_path / run_folder(cfg))
+    assert len(made) == 1
+
+
 def test_a_run_that_does_not_end_well_is_an_error(cfg: DictConfig, tmp_path: Path) -> None:
     from allostasis.core.config import run_folder
     from allostasis.core.locate import finished

@@ -110,14 +110,12 @@ def difference(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) ->
 
 
 def standardised_difference(left: np.ndarray, right: np.ndarray) -> Inference:
-    """Hedges's g of two arms, tested and bounded by the noncentral t; Cohen's d beside it."""
-    try:
-        found = st.hedges_g(left, right)
-    except UndefinedError as error:
-        estimate = float(left.mean() - right.mean())
-        alone = _untestable(estimate, np.zeros(2))
-        assert alone is not None
-        return replace(alone, estimate=None, untestable=str(error))
+    """Hedges's g of two arms, tested and bounded by the noncentral t; Cohen's d beside it.
+
+    Raises:
+        UndefinedError: There are too few units, or all are equal.
+    """
+    found = st.hedges_g(left, right)
     n, m = len(left), len(right)
     df, se = n + m - 2, float(np.sqrt(1 / n + 1 / m))
     t, per_g = found.d / se, 1 / (st.unbiasing(df) * se)

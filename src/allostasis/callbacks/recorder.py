@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -364,10 +363,6 @@ class Recorder(Callback):
             "metrics": {name: _describe(metric) for name, metric in self.metrics.items()},
             "skipped": {name: dict(counts) for name, counts in sorted(self.skipped.items())},
         }
-
-    def discard_parts(self) -> None:
-        """Remove what only an unfinished run needs."""
-        shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
 
 def _provides(snapshot: Snapshot) -> set[str]:

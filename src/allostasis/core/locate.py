@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from allostasis.core.config import run_folder
@@ -18,6 +17,10 @@ from allostasis.core.records import RunRecord, read_run
 log = logging.getLogger(__name__)
 
 WAIT = 5.0  # seconds between two looks at a run that another process is at
+
+
+class BusyError(RuntimeError):
+    """Another process is at work on a run."""
 
 
 def sibling(cfg: DictConfig, condition: str) -> DictConfig:
@@ -51,7 +54,7 @@ def finished(
     Args:
         cfg: The config of the run that reads, as it was composed: interpolations not resolved.
         condition: The arm that is read.
-        make: Does a run of a config in a folder.
+        make: Does a run of a config in a folder; raises BusyError where another process does.
         beside: The folder of the run that reads; the other one lies in the same outputs/.
 
     Raises:
@@ -63,18 +66,14 @@ def finished(
     root = beside.parents[len(own.parts) - 1] if is_usual else beside.parent
     folder = root / run_folder(other)
     name = f"{other.name} {condition} seed {other.seed}"
-    lock = folder.parent / f".{folder.name}.lock"
-    folder.parent.mkdir(parents=True, exist_ok=True)
     while not _is_done(folder):
+        log.info("%s is needed first", name)
         try:
-            with FileLock(lock, timeout=0):
-                pass
-        except Timeout:
+            make(other, folder)
+        except BusyError:
             log.info("waiting for %s, which another process is at", name)
             time.sleep(WAIT)
             continue
-        log.info("%s is needed first", name)
-        make(other, folder)
         if not _is_done(folder):
             status = read_run(folder).run["status"]
             raise RuntimeError(

@@ -82,7 +82,6 @@ class SequenceTraining(L.LightningModule):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.schedule = warmup_steps, schedule
         self.updates = 0
-        self.key_frequencies = None
         self._before: dict[str, Tensor] = {}
         self._crossed: dict[str, int] = {}
         self._milestones: dict[int, dict[str, Tensor]] = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from allostasis.engines.budget import Budget
+from allostasis.engines.sequence_training import streams
 from allostasis.engines.trace import clean_trace, trace
 from allostasis.interventions.ablate import Unit
 from allostasis.models.blocks import Capture, Decoder
@@ -146,13 +147,7 @@ class ToySubject:
         return block.attn.W_O
 
     def _kept(self, tokens: Tensor, hooks: Sequence[str]) -> list[Tensor]:
-        found: dict[str, Tensor] = {}
-
-        def keep(value: Tensor, hook: Any) -> None:
-            found[hook.name] = value
-
-        with self.model.hooks(fwd_hooks=[(hook, keep) for hook in hooks]):
-            self.model.encode(tokens)
+        found = streams(self.model, tokens, hooks)
         return [found[hook] for hook in hooks]
 
     def z(self, tokens: Int64[Tensor, "sequence position"]) -> list[Tensor]:

@@ -65,10 +65,9 @@ class Freeze:
         self.kind = kind
         self.slices: tuple[Slice, ...] = tuple(_slices(named, kind, tuple(heads)))
         self._kept = [part.read() for part in self.slices]
-        whole = dict(named)
         self._free = {
             name: parameter
-            for name, parameter in whole.items()
+            for name, parameter in named.items()
             if ".attn." in name and name.rpartition(".")[2] != "b_O"
         }
         self._began = {name: value.detach().clone() for name, value in self._free.items()}

@@ -18,7 +18,8 @@ from allostasis.models.lens import HookedRootModule, HookPoint
 Norm = Literal["pre", "post", "rms", "none"]
 EPS = 1e-5
 POSITIONS = 3.0
-"""How much larger W_pos begins than W_E: heads that look a fixed distance back form sooner."""
+"""How much larger W_pos begins than W_E; with 1 and with 8 the control learned more slowly at seed
+100 of the interleaved patterns."""
 
 
 class LayerNorm(nn.Module):

@@ -32,6 +32,7 @@ from allostasis.interventions.clamp import (
     quiet_directions,
 )
 from allostasis.interventions.freeze import Freeze, FreezeKind
+from allostasis.models.readout import readout_loss
 from allostasis.models.toy_transformer import ToyTransformer
 from allostasis.tasks.sequences import Sequences, SequenceTask
 
@@ -288,18 +289,16 @@ class Constraint(SequenceTraining):
         return {"frozen_gradient": held, "n_frozen": self.frozen.n_frozen}
 
     def _look(self, batch: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and every gradient of the loss, by one forward."""
         self.model.zero_grad()
-        self.loss(batch).backward()
+        self.prepare(batch)
+        states = self.model.encode(batch.tokens)
+        readout_loss(states, self.model.W_U, batch.targets, batch.scored).backward()
         gradient = {
             name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None
         }
         self.model.zero_grad()
-        calls = self.attached.calls if self.attached else 0
-        with torch.no_grad():
-            logits = self.model(batch.tokens)
-        if self.attached:
-            self.attached.calls = calls
-        return logits, gradient
+        return (states @ self.model.W_U).detach(), gradient
 
     @contextmanager
     def _switched(self, is_on: bool) -> Iterator[None]:
