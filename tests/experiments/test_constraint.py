@@ -304,6 +304,7 @@ def test_an_interrupted_run_resumes_to_the_same_records(tmp_path: Path) -> None:
     assert read(tmp_path / "cut")["summary"] == read(tmp_path / "whole")["summary"]
 
 
+@pytest.mark.slow
 def test_the_report_draws_every_figure_and_says_what_was_frozen(root: Path) -> None:
     from allostasis.report import main
 

@@ -157,6 +157,7 @@ def run_arm(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
     return do
 
 
+@pytest.mark.slow
 def test_planted_ratio_is_recovered(run_arm) -> None:  # noqa: ANN001
     folder = run_arm("planted", "module.n_plants=2", "module.n_steps=200")
     facts = json.loads((folder / "run.json").read_text())
