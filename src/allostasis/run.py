@@ -121,7 +121,7 @@ def _read_first(cfg: DictConfig, folder: Path) -> dict[str, RunRecord]:
     """
     conditions = cfg.module.get("reads") or []
     if conditions:
-        _build_all(cfg)
+        _build_all(cfg, devices.resolve(cfg.device))
     return {c: locate.finished(cfg, c, run, beside=folder) for c in conditions}
 
 
@@ -141,7 +141,7 @@ def _work(
         facts["gates"] = {gate.name: vars(gate) | {"passed": gate.passed} for gate in gates}
 
     L.seed_everything(cfg.seed, verbose=False)
-    task, module = _build_all(cfg)
+    task, module = _build_all(cfg, device)
     if earlier:
         facts["read"] = {
             condition: {"run_id": record.run["run_id"], "checkpoints": record.run["checkpoints"]}
@@ -162,10 +162,12 @@ def _work(
     return facts, "done" if verified else "failed_verification"
 
 
-def _build_all(cfg: DictConfig) -> tuple[Any, Any]:
-    """The task, and the module around it and the model."""
-    task = _build(cfg.task)
-    return task, _build(cfg.module, model=_build(cfg.model), task=task)
+def _build_all(cfg: DictConfig, device: devices.Device) -> tuple[Any, Any]:
+    """The task, and the module around it and the model, whose weights are where they will work."""
+    task, model = _build(cfg.task), _build(cfg.model)
+    if isinstance(model, torch.nn.Module):  # drawn on the CPU, so that every device begins alike
+        model = model.to(device.torch)
+    return task, _build(cfg.module, model=model, task=task)
 
 
 def _build(node: DictConfig, **supplied: Any) -> Any:

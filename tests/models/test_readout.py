@@ -24,7 +24,7 @@ def test_loss_and_gradients_equal_autograd_whatever_the_blocks(
     scored[0, 0] = True
     states.requires_grad_()
     weight.requires_grad_()
-    before, readout.CELLS = readout.CELLS, cells
+    before, readout.CELLS = readout.CELLS, {"cpu": cells}
     try:
         ours = readout.readout_loss(states, weight, targets, scored)
         found = torch.autograd.grad(3 * ours, (states, weight))

@@ -329,10 +329,13 @@ class Recorder(Callback):
         self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """Take up at a resume point; forget what was written after it."""
-        del trainer, pl_module
+        del trainer
         state_dict = checkpoint["recorder"]
         self.cadence.load_state_dict(state_dict["cadence"])
-        self._initial, self._reference = state_dict["initial"], state_dict["reference"]
+        self._initial, self._reference = (
+            {name: acts.to(pl_module.device) for name, acts in state_dict[kind].items()}
+            for kind in ("initial", "reference")
+        )
         self._reference_step = state_dict["reference_step"]
         self._kept, self._flushed = list(state_dict["kept"]), list(state_dict["flushed"])
         self.skipped = {name: Counter(counts) for name, counts in state_dict["skipped"].items()}

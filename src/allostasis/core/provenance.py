@@ -8,9 +8,10 @@ import re
 import subprocess
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,8 +60,12 @@ def installed() -> tuple[str, ...]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that carry the work."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    """Versions of Python and of the packages that carry the work, as far as they are there."""
+    found: dict[str, str] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 class RunFile:

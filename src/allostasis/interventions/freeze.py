@@ -93,7 +93,7 @@ class Freeze:
         """Largest change of a frozen weight since the beginning, which must be exactly 0."""
         return max(
             (
-                float((part.read() - kept).abs().max())
+                float((part.read() - kept.to(part.parameter.device)).abs().max())
                 for part, kept in zip(self.slices, self._kept, strict=True)
             ),
             default=0.0,
@@ -104,7 +104,7 @@ class Freeze:
         frozen = {part.name: part.index for part in self.slices}
         largest = 0.0
         for name, parameter in self._free.items():
-            moved = (parameter.detach() - self._began[name]).abs()
+            moved = (parameter.detach() - self._began[name].to(parameter.device)).abs()
             if name in frozen:
                 moved[frozen[name]] = 0
             largest = max(largest, float(moved.max()))
@@ -119,7 +119,11 @@ class Freeze:
         kept, began = state["kept"], state["began"]
         assert isinstance(kept, list)
         assert isinstance(began, dict)
-        self._kept, self._began = kept, began
+        # a checkpoint is read on the CPU
+        self._kept = [
+            value.to(part.parameter.device) for part, value in zip(self.slices, kept, strict=True)
+        ]
+        self._began = began
 
 
 def _slices(

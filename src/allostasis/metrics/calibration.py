@@ -67,8 +67,9 @@ def _histogram(
 ) -> Float[Tensor, "3 bins"]:
     confidence = precise(confidence)
     bins = (confidence * n_bins).ceil().long().sub(1).clamp(0, n_bins - 1)
-    rows = torch.stack([torch.ones_like(confidence), confidence, correct.to(confidence)])
-    return rows.new_zeros(3, n_bins).index_add_(1, bins, rows)
+    weights = (None, confidence, correct.to(confidence))
+    rows = [torch.bincount(bins, weight, minlength=n_bins) for weight in weights]
+    return torch.stack([row.to(confidence) for row in rows])
 
 
 def _error(histogram: Float[Tensor, "3 bins"]) -> Float[Tensor, ""]:
