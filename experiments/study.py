@@ -1,13 +1,14 @@
 """Run what a recorded study lacks, and keep each run's record as it finishes.
 
-    python experiments/study.py experiments/<study>
+    python experiments/study.py experiments/<study> [--only ARM ...] [--jobs N]
 
 A study's folder holds design.yaml (command, axes), registered before its first run. Finished runs
 lie under runs/ as run.json, config.yaml, claims.json, metrics.parquet and times.parquet, with the
 further tables that the design's `keep` names; weights stay in the folder's own outputs/, which git
 ignores. An interrupted run goes on where it stopped. A design with `variants` (further overrides by
 name) has one such runs/ and outputs/ in a folder of each variant; one with `needs: cuda` says so
-and runs nothing where there is no GPU.
+and runs nothing where there is no GPU. With `--jobs` several runs are done at once, all seeds of an
+arm before the next arm; a run that reads another one waits for it.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument("--only", nargs="*", default=[], help="conditions, e.g. --only high_wd")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
     study: Path = options.study.resolve()
     design = yaml.safe_load((study / "design.yaml").read_text(encoding="utf-8"))
@@ -59,7 +62,10 @@ def main() -> int:
         print(f"{study.name} is registered for a GPU, and torch finds none here; nothing was run")
         return 2
     variants = design.get("variants", {"": []})
-    return max(work(study / name, design, words, options.only) for name, words in variants.items())
+    return max(
+        work(study / name, design, words, options.only, options.jobs)
+        for name, words in variants.items()
+    )
 
 
 def has_gpu() -> bool:
@@ -69,21 +75,31 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def work(folder: Path, design: dict[str, Any], variant: list[str], only: list[str]) -> int:
+def work(
+    folder: Path, design: dict[str, Any], variant: list[str], only: list[str], jobs: int
+) -> int:
     """Do the missing runs of a design, or of one variant of it, in a folder."""
     folder.mkdir(exist_ok=True)
     conditions, seeds, more = design["conditions"], design["seeds"], design.get("keep", [])
-    failed = 0
-    for seed, condition in itertools.product(seeds, conditions):
-        keep(folder, more)
+    chosen = [condition for condition in conditions if condition in (only or conditions)]
+    order = list(itertools.product(seeds, chosen))
+    if jobs > 1:
+        order = [(seed, condition) for condition in chosen for seed in seeds]
+    keep(folder, more)
+
+    def do(seed: int, condition: str) -> bool:
+        """Whether a run failed."""
         if (condition, seed) in finished(folder / "runs"):
-            continue
-        if only and condition not in only:
-            continue
+            return False
         words = [f"exp={design['exp']}", f"condition={condition}", f"seed={seed}"]
         words += design["overrides"] + conditions[condition] + variant
-        failed += subprocess.call([sys.executable, "-m", "allostasis", *words], cwd=folder) != 0
-    keep(folder, more)
+        return subprocess.call([sys.executable, "-m", "allostasis", *words], cwd=folder) != 0
+
+    failed = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        for has_failed in pool.map(lambda one: do(*one), order):
+            failed += has_failed
+            keep(folder, more)
     missing = set(itertools.product(conditions, seeds)) - set(finished(folder / "runs"))
     where = f"{folder.name}: " if variant else ""
     print(f"{where}{len(missing)} of {len(conditions) * len(seeds)} runs missing; {failed} failed")

@@ -163,11 +163,11 @@ def _work(
 
 
 def _build_all(cfg: DictConfig, device: devices.Device) -> tuple[Any, Any]:
-    """The task, and the module around it and the model, whose weights are where they will work."""
+    """The task, and the module around it and the model, on the device where they will work."""
     task, model = _build(cfg.task), _build(cfg.model)
     if isinstance(model, torch.nn.Module):  # drawn on the CPU, so that every device begins alike
         model = model.to(device.torch)
-    return task, _build(cfg.module, model=model, task=task)
+    return task, _build(cfg.module, model=model, task=task).to(device.torch)
 
 
 def _build(node: DictConfig, **supplied: Any) -> Any:
@@ -188,7 +188,7 @@ def _look(
     module: Any,
 ) -> dict[str, Any]:
     """Test a module that trains nothing; it makes its own tables and facts."""
-    facts = {"effect": module.to(device.torch).prove_effect()}
+    facts = {"effect": module.prove_effect()}
     trainer = _trainer(cfg, folder, device, logger, [Tables(folder=folder, identity=identity)])
     trainer.test(module, datamodule=task, verbose=False)
     return {**facts, **module.facts, "metrics": {}, "skipped": {}, "checkpoints": {}}
@@ -214,7 +214,7 @@ def _train(
     trainer = _trainer(cfg, folder, device, logger, [recorder, checkpoints, progress])
     resume = checkpoints.resume_path if checkpoints.resume_path.is_file() else None
     if resume is None:
-        facts["effect"] = module.to(device.torch).prove_effect()
+        facts["effect"] = module.prove_effect()
     if "fit" in cfg.stages:
         trainer.fit(module, datamodule=task, ckpt_path=resume, weights_only=True)
     if "test" in cfg.stages:

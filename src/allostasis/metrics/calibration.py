@@ -67,9 +67,8 @@ def _histogram(
 ) -> Float[Tensor, "3 bins"]:
     confidence = precise(confidence)
     bins = (confidence * n_bins).ceil().long().sub(1).clamp(0, n_bins - 1)
-    weights = (None, confidence, correct.to(confidence))
-    rows = [torch.bincount(bins, weight, minlength=n_bins) for weight in weights]
-    return torch.stack([row.to(confidence) for row in rows])
+    rows = (torch.ones_like(confidence), confidence, correct.to(confidence))
+    return torch.stack([row.new_zeros(n_bins).index_add_(0, bins, row) for row in rows])
 
 
 def _error(histogram: Float[Tensor, "3 bins"]) -> Float[Tensor, ""]:

@@ -31,6 +31,7 @@ def key_frequencies(fve: Float[Tensor, " frequency"]) -> tuple[int, ...]:
         >>> key_frequencies(torch.tensor([0.0, 0.3, 0.004, 0.6]))
         (4, 2)
     """
+    fve = fve.cpu()  # a float cumsum is not deterministic on a GPU, and these are few
     share, order = (fve / fve.sum()).sort(descending=True, stable=True)
     before = share.cumsum(0) - share
     keys = order[(before < COVERED) & (share >= SMALLEST_SHARE)][:MOST]
