@@ -1,6 +1,6 @@
 """Run what a recorded study lacks, and keep each run's record as it finishes.
 
-    python experiments/study.py experiments/<study> [--only ARM ...] [--jobs N]
+    python experiments/study.py experiments/<study> [--only ARM ...] [--variants V ...] [--jobs N]
 
 A study's folder holds design.yaml (command, axes), registered before its first run. Finished runs
 lie under runs/ as run.json, config.yaml, claims.json, metrics.parquet and times.parquet, with the
@@ -54,6 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument("--only", nargs="*", default=[], help="conditions, e.g. --only high_wd")
+    parser.add_argument("--variants", nargs="*", default=[], help="of a design that has some")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
     study: Path = options.study.resolve()
@@ -65,6 +66,7 @@ def main() -> int:
     return max(
         work(study / name, design, words, options.only, options.jobs)
         for name, words in variants.items()
+        if name in (options.variants or variants)
     )
 
 
