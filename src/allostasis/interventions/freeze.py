@@ -32,8 +32,15 @@ class Slice:
 
     @property
     def index(self) -> slice | list[int]:
-        """What to index the parameter's first axis with."""
-        return slice(None) if self.heads is None else list(self.heads)
+        """What to index the parameter's first axis with.
+
+        Neighbouring heads are a slice: a list costs a GPU a sort at each assignment.
+        """
+        if self.heads is None:
+            return slice(None)
+        first, last = min(self.heads), max(self.heads)
+        is_run = len(set(self.heads)) == len(self.heads) == last + 1 - first
+        return slice(first, last + 1) if is_run else list(self.heads)
 
     @torch.no_grad()
     def read(self) -> Tensor:
