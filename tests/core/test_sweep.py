@@ -45,6 +45,13 @@ def test_the_design_of_the_yaml_is_swept_unless_the_command_says_otherwise(point
     ]
 
 
+def test_runs_composed_by_their_seed_are_as_if_composed_alone(points: Points) -> None:
+    found = points("seed=0,3", "preset=quick")
+    for point in found:
+        (alone,) = points(f"seed={point.seed}", f"condition={point.condition}", "preset=quick")
+        assert alone.folder == point.folder
+
+
 def test_a_run_is_told_from_the_others_by_what_varies(points: Points) -> None:
     found = points("condition=high_wd", "seed=0", "module.lr=1e-3,2e-3", "preset=quick")
     assert [p.axes for p in found] == [{"module.lr": "0.001"}, {"module.lr": "0.002"}]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -205,9 +207,23 @@ def _design(config: DictConfig) -> list[str]:
 
 
 def _compose(config: DictConfig, runs: Sequence[list[str]]) -> list[DictConfig]:
+    """Each run's config; runs that differ in their seed alone are composed once."""
     loader = GlobalHydra.instance().config_loader()
+    composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def compose(words: list[str]) -> DictConfig:
+        seeds = [word for word in words if re.fullmatch(r"seed=\d+", word)]
+        if len(seeds) != 1:
+            return loader.load_sweep_config(config, words)
+        rest = tuple(word for word in words if word not in seeds)
+        if rest not in composed:
+            composed[rest] = loader.load_sweep_config(config, words)
+        cfg = copy.deepcopy(composed[rest])
+        cfg.seed = int(seeds[0].removeprefix("seed="))
+        return cfg
+
     try:
-        return [loader.load_sweep_config(config, words) for words in runs]
+        return [compose(words) for words in runs]
     except CompactHydraException as error:
         problems = composition_problems(
             [*config.hydra.overrides.hydra, *_design(config)],
