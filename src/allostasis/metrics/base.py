@@ -439,14 +439,18 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def precise(values: Tensor) -> Tensor:
+def precise(values: Tensor, *, copy: bool = False) -> Tensor:
     """Cast to the widest float of the device that the values are on.
+
+    Args:
+        values: Of any type.
+        copy: Whether the result is new memory even where the type is right already.
 
     Example:
         >>> precise(torch.ones(2, dtype=torch.bfloat16)).dtype
         torch.float64
     """
-    return values.to(widest(values.device))
+    return values.to(widest(values.device), copy=copy)
 
 
 def given(value: T | None, name: str) -> T:

@@ -61,8 +61,8 @@ def distribution(logits: Float[Tensor, "batch vocab"]) -> Distribution:
         >>> distribution(torch.zeros(1, 2)).p
         tensor([[0.5000, 0.5000]], dtype=torch.float64)
     """
-    lead = precise(logits) - precise(logits.amax(dim=-1, keepdim=True))
-    p = lead.exp()
+    lead = precise(logits, copy=True).sub_(logits.amax(dim=-1, keepdim=True))
+    p = lead.exp()  # in place where it can be: fresh memory costs as much as the arithmetic
     total = p.sum(dim=-1, keepdim=True)
     return Distribution(lead.sub_(total.log()), p.div_(total))
 

@@ -226,7 +226,7 @@ class Grokking(L.LightningModule):
         return Snapshot(
             step=self.updates,
             split=split,
-            logits=grid[pairs.a, pairs.b],
+            logits=grid.flatten(0, 1)[pairs.a * self.task.p + pairs.b],
             labels=pairs.answer,
             classes=pairs.answer,
             n_classes=self.task.p,
