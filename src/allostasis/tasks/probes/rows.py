@@ -47,6 +47,11 @@ class Probe:
     foil: str
 
     @property
+    def cluster(self) -> str:
+        """The group; in files that name none, the clean prompt: equal prompts stay together."""
+        return self.clean if self.group is None else self.group
+
+    @property
     def recent(self) -> Literal["target", "foil"] | None:
         """Which answer the clean prompt mentions last; None if it mentions neither."""
         target, foil = (last_mention(self.clean, word) for word in (self.target, self.foil))
