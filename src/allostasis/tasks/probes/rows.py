@@ -26,7 +26,7 @@ class Probe:
         id: Unlike any other row's of the corpus.
         corpus: Name of the corpus.
         family: What kind of question it is; None in files that do not say.
-        template: Which paraphrase of it.
+        template: Which paraphrase of it, and how it is corrupted where there are two ways.
         cell: Levels of the crossed factors, such as `either:fact=denied,query=with`.
         group: What rows share that are not independent: the pair of entities. Never in two splits.
         clean: The prompt after which the target is right.
