@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, embedding_bag
 
+from allostasis.core.seeding import derive
+
 Matmul = Literal["float32", "bfloat16"]
 BLOCK = 1130  # pairs at a time where only logits are wanted: 3 MB of activations
 LANES = 16  # table rows are padded to whole vectors of this many float32 numbers
@@ -45,6 +47,34 @@ class Parameters(NamedTuple):
     W_out: Tensor
     b_out: Tensor
     W_U: Tensor
+
+
+def initial_parameters(seed: int, *, p: int, d_model: int, n_heads: int, d_mlp: int) -> Parameters:
+    """Parameters of a seed, drawn on the CPU from its `init` randomness, in float32.
+
+    In the order W_E, W_pos, W_Q, W_K, W_V, W_O, W_in, W_out, W_U: N(0, 1) / sqrt(d_model), and
+    N(0, 1) / sqrt(p + 1) for W_U. Biases are zero.
+    """
+    generator = torch.Generator().manual_seed(derive(seed, "init"))
+    d_head = d_model // n_heads
+
+    def draw(*shape: int, fan: int = d_model) -> Tensor:
+        normal = torch.randn(shape, generator=generator, dtype=torch.float32)
+        return normal / math.sqrt(fan)
+
+    return Parameters(
+        W_E=draw(p + 1, d_model),
+        W_pos=draw(3, d_model),
+        W_Q=draw(n_heads, d_model, d_head),
+        W_K=draw(n_heads, d_model, d_head),
+        W_V=draw(n_heads, d_model, d_head),
+        W_O=draw(n_heads, d_head, d_model),
+        W_in=draw(d_model, d_mlp),
+        b_in=torch.zeros(d_mlp),
+        W_out=draw(d_mlp, d_model),
+        b_out=torch.zeros(d_model),
+        W_U=draw(d_model, p + 1, fan=p + 1),
+    )
 
 
 class Scatter:

@@ -8,7 +8,6 @@ from annotated_types import Gt
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from allostasis.core.seeding import derive
 from allostasis.core.spaces import LayerWeights, Weights
 from allostasis.models.lens import HookedRootModule, HookPoint
 from allostasis.models.modular_step import (
@@ -17,6 +16,7 @@ from allostasis.models.modular_step import (
     Parameters,
     StructuredLoss,
     fold,
+    initial_parameters,
     logits_of,
 )
 
@@ -77,9 +77,7 @@ class ModularTransformer(HookedRootModule):
     """One-layer causal transformer for [a, b, =], read at '='.
 
     No norms, no attention biases, ReLU, learned positions, an untied unembedding without bias onto
-    p + 1 outputs. Weights are drawn on the CPU from the seed's `init` randomness, in float32, in
-    the order W_E, W_pos, W_Q, W_K, W_V, W_O, W_in, W_out, W_U: N(0, 1) / sqrt(d_model), and
-    N(0, 1) / sqrt(p + 1) for W_U. Biases start at zero.
+    p + 1 outputs. Weights start as `modular_step.initial_parameters` draws them.
 
     `forward` computes all three positions with TransformerLens's hook points. `loss` and `logits`
     take the structured way by default, which computes only what '=' reads and has no hook points.
@@ -124,23 +122,13 @@ class ModularTransformer(HookedRootModule):
             )
         self.p, self.d_model, self.n_heads, self.d_mlp = p, d_model, n_heads, d_mlp
         self.d_head = d_model // n_heads
-        generator = torch.Generator().manual_seed(derive(seed, "init"))
-
-        def draw(*shape: int, fan: int = d_model) -> nn.Parameter:
-            normal = torch.randn(shape, generator=generator, dtype=torch.float32)
-            return nn.Parameter(normal / math.sqrt(fan))
-
-        self.W_E = draw(p + 1, d_model)
-        self.W_pos = draw(3, d_model)
-        self.W_Q = draw(n_heads, d_model, self.d_head)
-        self.W_K = draw(n_heads, d_model, self.d_head)
-        self.W_V = draw(n_heads, d_model, self.d_head)
-        self.W_O = draw(n_heads, self.d_head, d_model)
-        self.W_in = draw(d_model, d_mlp)
-        self.b_in = nn.Parameter(torch.zeros(d_mlp))
-        self.W_out = draw(d_mlp, d_model)
-        self.b_out = nn.Parameter(torch.zeros(d_model))
-        self.W_U = draw(d_model, p + 1, fan=p + 1)
+        drawn = initial_parameters(seed, p=p, d_model=d_model, n_heads=n_heads, d_mlp=d_mlp)
+        self.W_E, self.W_pos = nn.Parameter(drawn.W_E), nn.Parameter(drawn.W_pos)
+        self.W_Q, self.W_K = nn.Parameter(drawn.W_Q), nn.Parameter(drawn.W_K)
+        self.W_V, self.W_O = nn.Parameter(drawn.W_V), nn.Parameter(drawn.W_O)
+        self.W_in, self.b_in = nn.Parameter(drawn.W_in), nn.Parameter(drawn.b_in)
+        self.W_out, self.b_out = nn.Parameter(drawn.W_out), nn.Parameter(drawn.b_out)
+        self.W_U = nn.Parameter(drawn.W_U)
 
         self._trained_on: tuple[Pairs, PairIndex] | None = None
         self._grid: PairIndex | None = None
