@@ -34,6 +34,7 @@ from allostasis.engines.optimisers import Rule
 from allostasis.engines.replicas import Block, Replica
 from allostasis.models.modular_loss import pair_losses
 from allostasis.models.modular_step import (
+    PLAIN,
     PairIndex,
     Parameters,
     StructuredLoss,
@@ -79,7 +80,7 @@ class Single:
         self.optimiser.param_groups[0]["lr"] = LR * min(1.0, (self.done + 1) / WARM_UP)
         self.optimiser.zero_grad()
         loss = StructuredLoss.apply(
-            self.index, self.train.answer[:, None], "float32", *self.parameters
+            self.index, self.train.answer[:, None], "float32", PLAIN, *self.parameters
         )
         loss.backward()
         self.optimiser.step()

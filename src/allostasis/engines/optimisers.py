@@ -4,10 +4,9 @@ Every number that an update needs lies on the device and every tensor keeps its 
 CUDA graph can hold the update; nothing is summed across rows. One row is a single model.
 """
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -145,7 +144,65 @@ class Updates:
             target.copy_(parted(name, orthonormal(matrix) * gain, target) * size)
 
 
-def joined(name: str, tensor: Float[Tensor, "replica *shape"]) -> Float[Tensor, "replica i o"]:
+class RowOptimiser(torch.optim.Optimizer):
+    """The rule for one model, as torch's optimisers are used: a block of one row.
+
+    Args:
+        parameters: The model's parameters, in the order of `Parameters`.
+        rule: What is done; the warm-up is the rule's.
+        lr: Learning rate.
+        weight_decay: Decay coefficient.
+        norm: The norm of all parameters that is restored after each update; None lets it move.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        rule: Rule,
+        *,
+        lr: float,
+        weight_decay: float,
+        norm: float | None = None,
+    ) -> None:
+        super().__init__(list(parameters), {"lr": lr})
+        self.own = Parameters(*parameters)
+        layout = Layout(self.own)
+
+        def number(value: float) -> Tensor:
+            return torch.tensor([value], dtype=torch.float64, device=self.own.W_E.device)
+
+        self.updates = Updates(
+            rule,
+            layout,
+            layout.flat([Parameters(*(tensor.detach() for tensor in self.own))]),
+            lr=number(lr),
+            weight_decay=number(weight_decay),
+            norm=None if norm is None else number(norm),
+        )
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Do one update with the parameters' gradients."""
+        del closure
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.own]
+        self.updates.theta.copy_(torch.cat([p.flatten() for p in self.own])[None])
+        self.updates.apply(torch.cat([grad.flatten() for grad in grads])[None])
+        for parameter, row in zip(
+            self.own, self.updates.layout.views(self.updates.theta), strict=True
+        ):
+            parameter.copy_(row[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rule's state; torch's own would round its counter to the parameters' precision."""
+        return {"rows": {name: value.clone() for name, value in self.updates.state.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where `state_dict` left off."""
+        for name, value in self.updates.state.items():
+            value.copy_(state_dict["rows"][name])
+
+
+def joined(name: str, tensor: Float[Tensor, "replica ..."]) -> Float[Tensor, "replica i o"]:
     """A parameter as the matrix that it is: all heads in one, inputs by outputs."""
     if name == "W_O":
         return tensor.flatten(1, 2)
@@ -153,8 +210,8 @@ def joined(name: str, tensor: Float[Tensor, "replica *shape"]) -> Float[Tensor, 
 
 
 def parted(
-    name: str, matrix: Float[Tensor, "replica i o"], like: Float[Tensor, "replica *shape"]
-) -> Float[Tensor, "replica *shape"]:
+    name: str, matrix: Float[Tensor, "replica i o"], like: Float[Tensor, "replica ..."]
+) -> Float[Tensor, "replica ..."]:
     """A matrix of all heads in the parameter's own shape."""
     if name == "W_O" or like.ndim == 3:
         return matrix.view_as(like)

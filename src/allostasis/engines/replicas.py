@@ -9,8 +9,6 @@ On a GPU one update is captured as a CUDA graph and replayed: every tensor keeps
 host reads nothing until a chunk of updates is done. On a CPU an update is the same code, run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
