@@ -73,6 +73,7 @@ class Grokking(L.LightningModule):
         reads: Arms whose finished run of the same seed this one needs.
         replicas: Width of the block that the run is trained in; 1 trains it alone.
         n_seeds: Seeds of the block from `seed` on; null takes as many as it has slots.
+        cuda_graph: Whether an update of a block is captured once and replayed, on a GPU.
         engine: `structured` computes only what '=' reads; `naive` all three positions.
         matmul: Factors of the structured engine's largest products: `float32`, or rounded to
             `bfloat16`, which is faster on CPUs with bfloat16 units and not exact.
@@ -114,6 +115,7 @@ class Grokking(L.LightningModule):
         reads: Sequence[str] = (),
         replicas: Annotated[int, Ge(1)] = 1,
         n_seeds: Annotated[int, Ge(1)] | None = None,
+        cuda_graph: bool = True,
         engine: Engine = "structured",
         matmul: Matmul = "float32",
         stop_after_grok: Annotated[int, Gt(0)] | None = 10_000,
@@ -150,7 +152,7 @@ class Grokking(L.LightningModule):
             grokfast=arms.GROKFAST if optimiser == "grokfast_ema" else 0.0,
         )
         self.norm_clamp, self.norm = norm_clamp, None
-        self.replicas, self.n_seeds = replicas, n_seeds
+        self.replicas, self.n_seeds, self.cuda_graph = replicas, n_seeds, cuda_graph
         self.shared: Shared | None = None
         self.engine: Engine = engine
         self.matmul: Matmul = matmul
@@ -182,6 +184,10 @@ class Grokking(L.LightningModule):
 
     def _loss(self, model: ModularTransformer, pairs: Pairs) -> Tensor:
         return model.loss(pairs, engine=self.engine, matmul=self.matmul, objective=self.objective)
+
+    def advanced(self, updates: int, *, before: dict[str, Tensor]) -> None:
+        """Take note that a block has done this run's next chunk of updates."""
+        self.updates, self._before = updates, before
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Stop once no further update is wanted; runs after all callbacks."""
@@ -220,6 +226,15 @@ class Grokking(L.LightningModule):
         critical = arms.norm_at_grok(earlier[arms.REFERENCE])
         self.norm = self.norm_clamp * critical
         return {"norm": {"at_t_grok": critical, "held": self.norm}}
+
+    @staticmethod
+    def together(
+        members: Sequence[Grokking], *, open_slots: Sequence[int], device: torch.device
+    ) -> L.LightningModule:
+        """Several runs as one module that trains them side by side."""
+        from allostasis.experiments.grokking.replicas import ReplicaBlock
+
+        return ReplicaBlock(members, open_slots=open_slots, device=device)
 
     @property
     def last_step(self) -> int:
