@@ -1,6 +1,6 @@
 """Grokking many seeds at once against single runs on the same device.
 
-    python benchmarks/replicas.py --device cuda                          about two minutes on an H100
+    python benchmarks/replicas.py --device cuda                          needs a GPU
     python benchmarks/replicas.py --device cpu --replicas 2 --steps 20   only whether it works
 
 A block of replicas (p = 113, 30 % of the pairs, AdamW, weight decay 1, float32 products, loss in
@@ -48,7 +48,7 @@ P, FRACTION = 113, 0.3
 SIZES = {"p": P, "d_model": 128, "n_heads": 4, "d_mlp": 512}
 LR, DECAY, BETAS, WARM_UP = 1e-3, 1.0, (0.9, 0.98), 10
 EVAL_EVERY, LEVEL, DWELL = 50, 0.95, 5
-AGREEMENT = 1e-4  # relative, the first 100 losses in float32
+COMPARED, AGREEMENT = 50, 1e-4  # losses, and how far apart in float32, relative
 RESERVE = 15.0  # seconds of the budget that are kept for the single run
 
 began = time.perf_counter()
@@ -147,9 +147,10 @@ def train(block: Block, n: int, limit: int, until: float, device: torch.device) 
                 since[i] = None
             elif since[i] is None:
                 since[i] = done
-            if found[i] is None and since[i] is not None:
-                if done - since[i] >= (DWELL - 1) * EVAL_EVERY:
-                    found[i] = since[i]
+            start_of = since[i]
+            if found[i] is None and start_of is not None:
+                is_held = done - start_of >= (DWELL - 1) * EVAL_EVERY
+                found[i] = start_of if is_held else None
         if time.perf_counter() - said > 10:
             said = time.perf_counter()
             grokked = n - found.count(None)
@@ -193,9 +194,13 @@ def main() -> int:
     start = block.state_dict()
     wait(device)
     print(f"built after {time.perf_counter() - began:.1f} s", flush=True)
-    n_compared = min(100, options.steps)
-    apart = first_losses(block, device, n_compared)
+    n_compared = min(COMPARED, options.steps)
     limit = 1e-2 if options.tf32 else AGREEMENT
+    try:
+        apart = first_losses(block, device, n_compared)
+    except RuntimeError as error:  # an operation that this device lacks
+        print(f"the single-run engine FAILED here: {error}", flush=True)
+        apart = float("inf")
     agrees = apart <= limit
     print(f"largest relative deviation of the first {n_compared} losses of seed 0 from a single "
           f"run's: {apart:.1e} ({'within' if agrees else 'BEYOND'} {limit:.0e})", flush=True)  # fmt: skip
@@ -203,8 +208,13 @@ def main() -> int:
     block.load_state_dict(start)
     made = train(block, n, options.steps, options.budget - RESERVE, device)
     single_steps = min(options.single_steps, options.steps)
-    single = Single(0, device)
-    single_ms = ms_a_step(single.update, single.evaluate, single_steps, device)
+    if apart < float("inf"):
+        single = Single(0, device)
+        single_ms = ms_a_step(single.update, single.evaluate, single_steps, device)
+    else:
+        print("the single run below is a block of width 1, not captured")
+        alone = Block(replicas[:1], width=1, rule=rule, device=device)
+        single_ms = ms_a_step(lambda: alone.advance(1), alone.evaluate, single_steps, device)
 
     grokked = [t for t in made["t_grok"] if t is not None]
     needed = [made["steps"] if t is None else t + (DWELL - 1) * EVAL_EVERY for t in made["t_grok"]]
@@ -225,7 +235,7 @@ def main() -> int:
     if options.out:
         numbers = {"device": name, "torch": torch.__version__, "captured": is_captured,
                    "tf32": options.tf32, "replicas": n, **made, "block_ms": block_ms,
-                   "single_ms": single_ms, "deviation": apart, "ratio": ratio}  # fmt: skip
+                   "single_ms": single_ms, "agrees": agrees, "ratio": ratio}  # fmt: skip
         options.out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     print(f"ratio: {ratio:.2f}")
     return int(not agrees)

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
-from allostasis.models.modular_step import Parameters
+from allostasis.models.modular_step import LANES, Parameters
 
 TAU = 10.0
 """Scale of the logits of a model on the sphere."""
@@ -170,13 +171,15 @@ def grid_logits(
 
 
 def _read_out(theta: Parameters, tables: _Tables, mixed: Tensor, *, sphere: bool) -> Tensor:
-    write = theta.W_O.flatten(1, 2)
+    write, d_vocab = theta.W_O.flatten(1, 2), theta.W_U.shape[2]
     into = torch.bmm(tables.equals, theta.W_in) + theta.b_in[:, None]
     hidden = torch.baddbmm(into, mixed, torch.bmm(write, theta.W_in)).relu_()
     if not sphere:
-        past = torch.bmm(tables.equals + theta.b_out[:, None], theta.W_U)
-        skip = torch.baddbmm(past, mixed, torch.bmm(write, theta.W_U))
-        return torch.baddbmm(skip, hidden, torch.bmm(theta.W_out, theta.W_U))
+        # whole vectors a row: a GPU loads rows of 114 numbers one by one
+        columns = pad(theta.W_U, (0, -d_vocab % LANES))
+        past = torch.bmm(tables.equals + theta.b_out[:, None], columns)
+        padded = torch.baddbmm(past, mixed, torch.bmm(write, columns))
+        return padded.baddbmm_(hidden, torch.bmm(theta.W_out, columns))[..., :d_vocab]
     resid = torch.baddbmm(tables.equals + theta.b_out[:, None], mixed, write)
     resid = torch.baddbmm(resid, hidden, theta.W_out)
     columns = theta.W_U / theta.W_U.norm(dim=1, keepdim=True)
