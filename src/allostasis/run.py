@@ -245,6 +245,7 @@ def make_trainer(
     logger: Any,
     callbacks: list[L.Callback],
 ) -> L.Trainer:
+    """Lightning's Trainer with the config's arguments, on one device."""
     return L.Trainer(
         **{str(key): value for key, value in cfg.trainer.items()},
         accelerator=device.accelerator,

@@ -66,8 +66,8 @@ class Grokking(L.LightningModule):
         loss: `cross_entropy`, `stablemax` or `mse`. What is recorded as a loss is cross-entropy.
         temperature: What logits are divided by in the loss that is trained on.
         orthograd: Whether each tensor's gradient loses its part along the tensor.
-        sphere: Whether final residual and unembedding are normalised, so that there is no amplitude.
-        uniform_attention: Whether all attention weights are equal, so that there is no routing.
+        sphere: Whether final residual and unembedding are normalised: there is no amplitude.
+        uniform_attention: Whether all attention weights are equal: there is no routing.
         norm_clamp: The norm of all parameters after every update, as a multiple of that which the
             same seed's run of `high_wd` had at its t_grok; null lets it move.
         reads: Arms whose finished run of the same seed this one needs.
