@@ -202,8 +202,9 @@ def main() -> int:
         print(f"the single-run engine FAILED here: {error}", flush=True)
         apart = float("inf")
     agrees = apart <= limit
+    word = "within" if agrees else "BEYOND"
     print(f"largest relative deviation of the first {n_compared} losses of seed 0 from a single "
-          f"run's: {apart:.1e} ({'within' if agrees else 'BEYOND'} {limit:.0e})", flush=True)  # fmt: skip
+          f"run's: {apart:.1e} ({word} {limit:.0e})", flush=True)  # fmt: skip
 
     block.load_state_dict(start)
     made = train(block, n, options.steps, options.budget - RESERVE, device)

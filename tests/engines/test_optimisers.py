@@ -101,7 +101,7 @@ def test_muon_steps_hidden_matrices_as_torchs_does_and_the_others_as_adamw() -> 
         first = Layout(start()).views(rows(rule(optimiser="muon", muon_lr=0.05), n=1)[None])
         ours = joined(name, getattr(first, name))[0].mT
         before = joined(name, getattr(start(), name)[None])[0].mT
-        step, theirs = before * (1 - LR * DECAY) - ours, before - own.detach()
+        step, theirs = before * (1 - 0.05 * DECAY) - ours, before - own.detach()
         cosine = (step * theirs).sum() / step.norm() / theirs.norm()
         assert cosine > 0.999
         assert_close(float(step.norm()), float(theirs.norm()), rtol=0.02, atol=0)

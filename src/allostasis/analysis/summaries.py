@@ -5,8 +5,9 @@ here (a dot is an underscore), the words in brackets are its last arguments. A f
 first parameter is `curve` reads the metric that the claim selects, those whose first is `run` read
 the run, those whose first is `cells` read one seed's runs in all cells of a factorial, and those of
 `analysis.prompts` read its single prompts. Events are those of run.json's summary (`t_mem`,
-`t_clean`, `t_grok`, `t_loss`) and `t_low`, `t_high`: where test accuracy passes 15 % and 85 %. Every function returns a float, a `Time` or a pair for a ratio,
-and raises `UndefinedError` with the reason where the run has none.
+`t_clean`, `t_grok`, `t_loss`) and `t_low`, `t_high`: where test accuracy passes 15 % and 85 %.
+Every function returns a float, a `Time` or a pair for a ratio, and raises `UndefinedError` with the
+reason where the run has none.
 """
 
 from __future__ import annotations

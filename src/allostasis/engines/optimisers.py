@@ -33,7 +33,8 @@ class Rule:
         betas: Adam's moment decay rates.
         eps: Added to Adam's root of the second moment.
         momentum: Of `muon` (Nesterov) and of `sgdm`.
-        muon_lr: Learning rate of the hidden matrices; the others have the usual one.
+        muon_lr: Learning rate of the hidden matrices and of their decay; the others have the usual
+            one.
         warmup_steps: Updates over which learning rates rise linearly.
         orthograd: Whether a tensor's gradient loses its part along the tensor and is rescaled to
             the length it had.
@@ -81,6 +82,11 @@ class Updates:
     ) -> None:
         self.rule, self.layout, self.theta = rule, layout, theta
         self.lr, self.weight_decay = lr.double()[:, None], weight_decay.double()[:, None]
+        self.rate = self.lr  # at which decay acts
+        if rule.optimiser == "muon":
+            self.rate = self.lr.repeat(1, layout.size)
+            for name in HIDDEN:
+                getattr(layout.views(self.rate), name).fill_(rule.muon_lr)
         self.norm = None if norm is None else norm.to(theta.dtype)[:, None]
         self.done = torch.zeros((), dtype=torch.float64, device=theta.device)
         names = ["first"] + ["second"] * (rule.optimiser != "sgdm")
@@ -92,7 +98,7 @@ class Updates:
         """Do one update; `grad` is left as it is."""
         self.done.add_(1)
         warm = (self.done / max(1, self.rule.warmup_steps)).clamp(max=1)
-        decay = self.weight_decay * self.lr * warm
+        decay = self.weight_decay * self.rate * warm
         grad = self._filtered(grad)
         if self.rule.optimiser == "adam_l2":
             grad, decay = grad + self.theta * self._number(self.weight_decay), None

@@ -60,7 +60,7 @@ class Grokking(L.LightningModule):
         optimiser: `adamw`; `adam_l2`: decay added to the gradient, as in a predecessor's script,
             which at weight decay 1 cannot leave a loss of ln(p + 1); `muon` for the hidden
             matrices, with AdamW for the others; `sgdm`; `grokfast_ema`, AdamW with the slow part
-            of the gradient amplified. All but `adam_l2` shrink every parameter by lr weight_decay.
+            of the gradient amplified. Decay is decoupled but for `adam_l2`.
         momentum: Of `muon` and `sgdm`.
         muon_lr: Learning rate of the hidden matrices under `muon`.
         loss: `cross_entropy`, `stablemax` or `mse`. What is recorded as a loss is cross-entropy.
