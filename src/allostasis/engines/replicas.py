@@ -147,11 +147,8 @@ class Block:
         each = pair_losses(
             out, self.questions.answer, loss=self.loss, temperature=self.temperature
         ).mean(dim=1)
-        grads = torch.autograd.grad(each.sum(), self._leaves, allow_unused=self.is_uniform)
-        flat = [
-            (torch.zeros_like(leaf) if grad is None else grad).flatten(1)
-            for grad, leaf in zip(grads, self._leaves, strict=True)
-        ]
+        grads = torch.autograd.grad(each.sum(), self._leaves)
+        flat = [grad.flatten(1) for grad in grads]
         torch.cat(flat, dim=1, out=self.grad)
         self.losses.copy_(each.detach())
         self.updates.apply(self.grad)

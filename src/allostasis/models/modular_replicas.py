@@ -129,7 +129,7 @@ def _mixed(
     scores = torch.stack((left.score, right.score))
     n_replicas, n_pairs, n_heads = left.score.shape
     if is_uniform:
-        weights = torch.full_like(scores, 1 / 3)
+        weights = scores * 0 + 1 / 3  # so that queries and keys have a gradient, of 0
     else:
         weights = torch.cat((scores, torch.zeros_like(scores[:1]))).softmax(dim=0)
     mixed = tables.value_equals.unflatten(2, (n_heads, -1))

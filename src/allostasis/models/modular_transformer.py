@@ -164,7 +164,7 @@ class ModularTransformer(HookedRootModule):
         future = torch.ones(3, 3, dtype=torch.bool, device=scores.device).triu(1)
         scores = attn.hook_attn_scores(scores.masked_fill(future, -torch.inf))
         if self.uniform_attention:
-            scores = scores.where(scores == -torch.inf, 0.0)
+            scores = (scores.masked_fill(future, 0.0) * 0).masked_fill(future, -torch.inf)
         pattern = attn.hook_pattern(scores.softmax(dim=-1))
         z = attn.hook_z(torch.einsum("nhqs,nshk->nqhk", pattern, v))
         attn_out = block.hook_attn_out(torch.einsum("nqhk,hkd->nqd", z, self.W_O))
