@@ -55,9 +55,7 @@ def block(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("seed", [4, 5])
-def test_each_seed_has_the_record_of_its_single_run(
-    block: Path, seed: int, tmp_path: Path
-) -> None:
+def test_each_seed_has_the_record_of_its_single_run(block: Path, seed: int, tmp_path: Path) -> None:
     alone, together = do(tmp_path, f"seed={seed}"), of_seed(block, seed)
     ours, theirs = run_json(together), run_json(alone)
     assert ours["status"] == theirs["status"] == "done"
@@ -131,7 +129,9 @@ def test_a_block_that_is_killed_goes_on_to_the_same_records(tmp_path: Path) -> N
     command = [sys.executable, "-m", "allostasis", *WORDS, *longer]
     folder = tmp_path / "stopped"
     folder.mkdir()
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     stopped = folder / whole.relative_to(tmp_path / "whole")
     deadline = time.monotonic() + 120
     while not (stopped / "checkpoints" / "60.safetensors").is_file():
