@@ -168,7 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="auto", help="auto: cuda, else a check on the CPU")
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20_000, help="updates at most")
     parser.add_argument("--single-steps", type=int, default=500, help="timed updates of one run")
@@ -177,6 +177,10 @@ def main() -> int:
     parser.add_argument("--tf32", action="store_true", help="not exact; never the default")
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
     options = parser.parse_args()
+    if options.device == "auto" and not torch.cuda.is_available():
+        print("no GPU here: 2 replicas, 20 updates on the CPU, which says nothing about speed")
+        options.device, options.replicas, options.steps = "cpu", 2, 20
+    options.device = options.device.replace("auto", "cuda")
     device, n = torch.device(options.device), options.replicas
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())

@@ -91,6 +91,7 @@ def mediation(arms: Sequence[Arm], condition: str) -> Canvas:
     )
     with style() as plt:
         figure, axes = plt.subplots(1, 2, figsize=(7.8, 3.4), sharey=True)
+        shades = None
         for axis, (label, name, predictor) in zip(axes, panels, strict=True):
             shades = axis.scatter(
                 [predictor(run) for run in there],

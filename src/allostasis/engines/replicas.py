@@ -90,7 +90,8 @@ class Block:
     ) -> None:
         device = torch.device(device)
         _check(replicas, width, device, is_captured)
-        self.n_replicas, self.width, self.loss = len(replicas), width, loss
+        self.width = width
+        self.loss: Loss = loss
         self.sphere, self.is_uniform = sphere, is_uniform
         slots = [*replicas, *[replicas[0]] * (width - len(replicas))]
         self.layout = Layout(replicas[0].theta)

@@ -73,7 +73,8 @@ class ModularAddition(L.LightningDataModule):
         op: Op = "add",
     ) -> None:
         super().__init__()
-        self.p, self.op = p, op
+        self.p = p
+        self.op: Op = op
         n_pairs, n_train = p * p, n_train_pairs(p, train_frac)
         n_test = n_pairs - n_train
         if n_train < 1:

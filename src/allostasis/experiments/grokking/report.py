@@ -146,9 +146,10 @@ def endpoint_table(arms: Sequence[Arm]) -> Table:
     rows = []
     for arm in arms:
         for run in arm.runs:
-            named = run.summary.get("key_frequencies") or []
+            named = run.summary.get("key_frequencies")
+            count = str(len(named)) if isinstance(named, list) else "not recorded"
             found = [_last(run, metric, split) for metric, split in MECHANISM.values()]
-            rows.append((arm.condition, str(run.seed), str(len(list(named))), *found))
+            rows.append((arm.condition, str(run.seed), count, *found))
     heads = ("condition", "seed", "key frequencies", *MECHANISM)
     note = (
         "Last records. Restricted: loss on all pairs from the key frequencies alone, beside the "
