@@ -37,8 +37,8 @@ demo: .venv/smollm2 ## quick grokking, the quick IOI audit of SmolLM2, and their
 	$(RUN) +exp=ioi preset=quick -m condition=baseline,critical,random_control seed=0
 	$(BIN)/python -m allostasis.report outputs
 
-grokking: .venv/installed ## the whole grokking design: both conditions, eight seeds (hours; ARGS=... adds overrides)
-	$(RUN) +exp=grokking -m $(ARGS)
+grokking: .venv/installed ## grokking with and without decay, eight seeds (hours; ARGS=... adds overrides)
+	$(RUN) +exp=grokking -m condition=high_wd,no_wd $(ARGS)
 
 ioi: .venv/smollm2 ## the IOI audit of SmolLM2: all conditions (an hour; ARGS=... adds overrides)
 	$(RUN) +exp=ioi -m $(ARGS)

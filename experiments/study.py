@@ -7,17 +7,21 @@ lie under runs/ as run.json, config.yaml, claims.json, metrics.parquet and times
 further tables that the design's `keep` names; weights stay in the folder's own outputs/, which git
 ignores. An interrupted run goes on where it stopped. A design with `variants` (further overrides by
 name) has one such runs/ and outputs/ in a folder of each variant; one with `needs: cuda` says so
-and runs nothing where there is no GPU. With `--jobs` several runs are done at once, all seeds of an
-arm before the next arm; a run that reads another one waits for it.
+and runs nothing where there is no GPU. One with `replicas` trains all seeds of an arm in one block;
+several settings of an arm, as in `module.temperature=0.5,1`, are several blocks. With `--jobs`
+several runs or blocks are done at once, all seeds of an arm before the next arm; a run that reads
+another one waits for it.
 """
 
 import argparse
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +41,25 @@ def finished(folder: Path) -> dict[tuple[str, int], Path]:
 
 
 def keep(study: Path, more: list[str]) -> None:
-    """Copy the records of finished runs from outputs/ to runs/."""
-    for source in finished(study / "outputs").values():
+    """Copy the records of finished runs from outputs/ to runs/, one a condition and seed."""
+    copy(finished(study / "outputs").values(), study, more)
+
+
+def keep_all(study: Path, more: list[str]) -> None:
+    """Copy the records of all finished runs, several settings of one condition included."""
+    folders = [path.parent for path in sorted((study / "outputs").rglob("run.json"))]
+    copy([folder for folder in folders if is_done(folder)], study, more)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a run ended as it should."""
+    text = (folder / "run.json").read_text(encoding="utf-8")
+    return bool(json.loads(text)["status"] == "done")
+
+
+def copy(sources: Iterable[Path], study: Path, more: list[str]) -> None:
+    """Copy records that are not kept yet."""
+    for source in sources:
         target = study / "runs" / source.relative_to(study / "outputs")
         if not (target / "run.json").is_file():
             target.mkdir(parents=True, exist_ok=True)
@@ -55,7 +76,7 @@ def main() -> int:
     parser.add_argument("study", type=Path)
     parser.add_argument("--only", nargs="*", default=[], help="conditions, e.g. --only high_wd")
     parser.add_argument("--variants", nargs="*", default=[], help="of a design that has some")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="runs or blocks at a time")
     options = parser.parse_args()
     study: Path = options.study.resolve()
     design = yaml.safe_load((study / "design.yaml").read_text(encoding="utf-8"))
@@ -63,8 +84,9 @@ def main() -> int:
         print(f"{study.name} is registered for a GPU, and torch finds none here; nothing was run")
         return 2
     variants = design.get("variants", {"": []})
+    do = work_in_blocks if "replicas" in design else work
     return max(
-        work(study / name, design, words, options.only, options.jobs)
+        do(study / name, design, words, options.only, options.jobs)
         for name, words in variants.items()
         if name in (options.variants or variants)
     )
@@ -75,6 +97,85 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def settings(words: list[str]) -> list[list[str]]:
+    """Overrides with several values each, as every combination of single ones.
+
+    A list in brackets is one value.
+    """
+    values = []
+    for word in words:
+        key, _, value = word.partition("=")
+        parts = [value] if value.startswith("[") else value.split(",")
+        values.append([f"{key}={part}" for part in parts])
+    return [list(chosen) for chosen in itertools.product(*values)]
+
+
+def is_of(record: Path, condition: str, words: list[str]) -> bool:
+    """Whether a finished run is of an arm: its condition and settings."""
+    config = yaml.safe_load((record / "config.yaml").read_text(encoding="utf-8"))
+    for word in words:
+        key, _, value = word.partition("=")
+        found: Any = config
+        for part in key.split("."):
+            found = found[part]
+        if found != yaml.safe_load(value):
+            return False
+    return config["condition"] == condition
+
+
+def done_seeds(folder: Path, condition: str, words: list[str]) -> set[int]:
+    """Seeds of an arm whose record is kept."""
+    kept = [path.parent for path in (folder / "runs").rglob("run.json")]
+    return {
+        json.loads((record / "run.json").read_text(encoding="utf-8"))["seed"]
+        for record in kept
+        if is_of(record, condition, words)
+    }
+
+
+def work_in_blocks(
+    folder: Path, design: dict[str, Any], variant: list[str], only: list[str], jobs: int
+) -> int:
+    """Do the missing arms of a design, all seeds of one in a block; keep what is finished."""
+    folder.mkdir(exist_ok=True)
+    seeds, more = design["seeds"], design.get("keep", [])
+    keep_all(folder, more)
+    arms = [
+        (condition, words)
+        for condition, own in design["conditions"].items()
+        for words in settings(own)
+    ]
+
+    def run(condition: str, words: list[str]) -> int:
+        command = [f"exp={design['exp']}", f"condition={condition}", f"seed={seeds[0]}"]
+        command += [f"module.replicas={design['replicas']}", f"module.n_seeds={len(seeds)}"]
+        command += design["overrides"] + words + variant
+        return subprocess.call([sys.executable, "-m", "allostasis", *command], cwd=folder)
+
+    failed = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is finished is kept then, too
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            asked = [
+                pool.submit(run, condition, words)
+                for condition, words in arms
+                if (not only or condition in only)
+                and done_seeds(folder, condition, words) != set(seeds)
+            ]
+            try:
+                for job in as_completed(asked):
+                    failed += job.result() != 0
+                    keep_all(folder, more)
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        keep_all(folder, more)
+        n_done = sum(len(done_seeds(folder, condition, words)) for condition, words in arms)
+        print(f"{len(arms) * len(seeds) - n_done} of {len(arms) * len(seeds)} runs missing")
+    return int(failed > 0)
 
 
 def work(

@@ -19,6 +19,7 @@ from allostasis.core.help import OVERVIEW, experiments
 from allostasis.core.validate import check
 
 EXPERIMENTS = {experiment.name: experiment for experiment in experiments()}
+DOCUMENTED = {"grokking": {"high_wd", "no_wd"}}  # the documents' design, where there are more arms
 PRESETS = sorted(path.stem for path in (conf_dir() / "preset").glob("*.yaml"))
 COMMAND = re.compile(r"^ *python -m allostasis (\+?exp=\S.*?)(?:   |$)", re.MULTILINE)
 
@@ -83,7 +84,8 @@ def test_no_two_conditions_are_the_same_run(compose: Compose, name: str) -> None
 def test_the_default_design_has_every_condition(compose: Compose, name: str) -> None:
     cfg = compose(f"exp={name}", "hydra.mode=MULTIRUN", mode=RunMode.MULTIRUN)
     points = sweep.check_sweep(cfg)
-    assert {point.condition for point in points} == set(EXPERIMENTS[name].conditions)
+    chosen = DOCUMENTED.get(name, set(EXPERIMENTS[name].conditions))
+    assert {point.condition for point in points} == chosen
 
 
 @pytest.mark.parametrize("group", ["task", "model", "logger", "trainer", "metrics"])

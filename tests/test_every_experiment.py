@@ -11,7 +11,16 @@ from omegaconf import DictConfig
 
 CONF = Path(__file__).parents[1] / "conf"
 SHORT = {
-    "grokking": ["module.max_steps=20"],
+    "grokking": [
+        "module.max_steps=20",
+        "task.p=23",
+        "task.probe_size=64",
+        "model.d_mlp=64",
+        # arms that hold a norm read a run that has grokked
+        "module.eval_every=10",
+        "module.dwell=1",
+        "module.grok_accuracy=0.001",
+    ],
     "superposition": [
         "model=tiny",
         "model.arch=llama",

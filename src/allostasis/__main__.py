@@ -71,10 +71,12 @@ def job(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from allostasis.core import sweep
+    from allostasis.core.config import run_folders
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    if sweep.status(folder) == "done" and not cfg.force:
+    is_done = all(sweep.status(place) == "done" for place in run_folders(cfg, folder))
+    if is_done and not cfg.force:
         name, path = sweep.label(cfg), os.path.relpath(folder)
         log.info("%s is finished, see %s; force=true repeats it", name, path)
         return

@@ -139,7 +139,8 @@ def _extension(exp: str, views: Sequence) -> Extension:
     if importlib.util.find_spec(f"{package}.report") is None:
         return Extension(folder, registered)
     module = importlib.import_module(f"{package}.report")
-    return Extension(folder, registered, module.figures, module.tables)
+    cells = getattr(module, "cells", None)
+    return Extension(folder, registered, module.figures, module.tables, cells)
 
 
 def _print(studies: Sequence[Study], written: Sequence[Path]) -> None:

@@ -48,6 +48,10 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
         BusyError: Another process is at work in the folder.
         ValueError: The device is not there.
     """
+    if cfg.module.get("replicas", 1) > 1:
+        from allostasis.block import run_block  # which is made of this module's parts
+
+        return run_block(cfg, folder, command=command)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
@@ -56,16 +60,16 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
         raise locate.BusyError(f"{folder}: another process is at work on this run") from None
     with lock, interruptible():
         if cfg.force:
-            _clear(folder)
+            clear(folder)
         file = RunFile(folder)
         as_composed = copy.deepcopy(cfg)  # resolved, a seed is a number, and no longer every seed
-        identity = _open(cfg, folder, file, command)
+        identity = open_run(cfg, folder, file, command)
         status: Status = "failed"
         facts: dict[str, Any] = {}
         error: BaseException | None = None
         logger = None
         try:
-            earlier = _read_first(as_composed, folder)
+            earlier = read_first(as_composed, folder)
             logger = loggers.build(cfg.logger, identity=identity, folder=folder)
             # NumPy's own BLAS threads would spin against torch's for the same cores
             with threadpool_limits(1, user_api="blas"):
@@ -82,7 +86,7 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
         return file.content
 
 
-def _open(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) -> Identity:
+def open_run(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) -> Identity:
     """Write run.json, config.yaml and claims.json: everything that is fixed before a run."""
     digest = config_hash(cfg)
     device_word = str(cfg.device).replace(":", "")
@@ -114,14 +118,14 @@ def _open(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) -> 
     return identity
 
 
-def _read_first(cfg: DictConfig, folder: Path) -> dict[str, RunRecord]:
+def read_first(cfg: DictConfig, folder: Path) -> dict[str, RunRecord]:
     """The finished runs of other arms that this one reads; those that are missing are made.
 
     This run is built once before, so that what is wrong with it is told before others are made.
     """
     conditions = cfg.module.get("reads") or []
     if conditions:
-        _build_all(cfg, devices.resolve(cfg.device))
+        build_all(cfg, devices.resolve(cfg.device))
     return {c: locate.finished(cfg, c, run, beside=folder) for c in conditions}
 
 
@@ -141,15 +145,26 @@ def _work(
         facts["gates"] = {gate.name: vars(gate) | {"passed": gate.passed} for gate in gates}
 
     L.seed_everything(cfg.seed, verbose=False)
-    task, module = _build_all(cfg, device)
+    task, module = build_all(cfg, device)
     if earlier:
-        facts["read"] = {
+        facts |= facts_read(earlier) | module.take(earlier)
+    do = _train if "fit" in cfg.stages else _look
+    facts |= do(cfg, folder, identity, device, logger, task, module)
+    return facts, close_records(folder, file, facts, module)
+
+
+def facts_read(earlier: dict[str, RunRecord]) -> dict[str, Any]:
+    """What run.json says of the runs of other arms that this one read."""
+    return {
+        "read": {
             condition: {"run_id": record.run["run_id"], "checkpoints": record.run["checkpoints"]}
             for condition, record in earlier.items()
         }
-        facts |= module.take(earlier)
-    do = _train if "fit" in cfg.stages else _look
-    facts |= do(cfg, folder, identity, device, logger, task, module)
+    }
+
+
+def close_records(folder: Path, file: RunFile, facts: dict[str, Any], module: Any) -> Status:
+    """Write audit.json, remove what only an unfinished run needs; how the run ended."""
     facts["summary"] = module.summary()
     facts["data"] = module.data()
     record = read_run(folder)
@@ -159,18 +174,18 @@ def _work(
     shutil.rmtree(folder / "parts", ignore_errors=True)
     verified = all(gate["passed"] for gate in facts.get("gates", {}).values())
     verified = verified and facts.get("verify", {}).get("passed", True)
-    return facts, "done" if verified else "failed_verification"
+    return "done" if verified else "failed_verification"
 
 
-def _build_all(cfg: DictConfig, device: devices.Device) -> tuple[Any, Any]:
+def build_all(cfg: DictConfig, device: devices.Device) -> tuple[Any, Any]:
     """The task, and the module around it and the model, on the device where they will work."""
-    task, model = _build(cfg.task), _build(cfg.model)
+    task, model = build(cfg.task), build(cfg.model)
     if isinstance(model, torch.nn.Module):  # drawn on the CPU, so that every device begins alike
         model = model.to(device.torch)
-    return task, _build(cfg.module, model=model, task=task).to(device.torch)
+    return task, build(cfg.module, model=model, task=task).to(device.torch)
 
 
-def _build(node: DictConfig, **supplied: Any) -> Any:
+def build(node: DictConfig, **supplied: Any) -> Any:
     """Call a block's `_target_`; what it raises comes out as it was raised."""
     try:
         return instantiate(node, **supplied, _convert_="all")
@@ -189,7 +204,7 @@ def _look(
 ) -> dict[str, Any]:
     """Test a module that trains nothing; it makes its own tables and facts."""
     facts = {"effect": module.prove_effect()}
-    trainer = _trainer(cfg, folder, device, logger, [Tables(folder=folder, identity=identity)])
+    trainer = make_trainer(cfg, folder, device, logger, [Tables(folder=folder, identity=identity)])
     trainer.test(module, datamodule=task, verbose=False)
     return {**facts, **module.facts, "metrics": {}, "skipped": {}, "checkpoints": {}}
 
@@ -205,13 +220,13 @@ def _train(
 ) -> dict[str, Any]:
     """Train a module, or go on where a resume point says; what is recorded is the Recorder's."""
     facts: dict[str, Any] = {}
-    plan: Plan = _build(cfg.metrics)
+    plan: Plan = build(cfg.metrics)
     recorder = Recorder(
         folder=folder, identity=identity, plan=plan, eval_every=cfg.module.eval_every
     )
     checkpoints = Checkpoints(folder=folder, every=plan.checkpoint_every)
     progress = Progress(identity=identity, recorder=recorder)
-    trainer = _trainer(cfg, folder, device, logger, [recorder, checkpoints, progress])
+    trainer = make_trainer(cfg, folder, device, logger, [recorder, checkpoints, progress])
     resume = checkpoints.resume_path if checkpoints.resume_path.is_file() else None
     if resume is None:
         facts["effect"] = module.prove_effect()
@@ -225,13 +240,14 @@ def _train(
     return facts
 
 
-def _trainer(
+def make_trainer(
     cfg: DictConfig,
     folder: Path,
     device: devices.Device,
     logger: Any,
     callbacks: list[L.Callback],
 ) -> L.Trainer:
+    """Lightning's Trainer with the config's arguments, on one device."""
     return L.Trainer(
         **{str(key): value for key, value in cfg.trainer.items()},
         accelerator=device.accelerator,
@@ -248,7 +264,7 @@ def _experiment(cfg: DictConfig) -> Path:
     return Path(importlib.import_module(package).__path__[0])
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Remove an earlier run's files; Hydra's own, which belong to this one, stay."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name in {".hydra", "run.log"}:

@@ -475,3 +475,26 @@ def test_the_noncentral_t_is_sampled_where_scipy_gives_up() -> None:
 def test_a_standardised_difference_of_equal_units_is_not_tested() -> None:
     with pytest.raises(UndefinedError, match="effect size needs"):
         estimands.standardised_difference(np.ones(5), np.zeros(5))
+
+
+def test_log_hazard_ratio_over_its_error_is_the_log_rank_z() -> None:
+    times, censored = CENSORED
+    group = np.array([0, 0, 1, 0, 1, 1, 0, 1])
+    sides = [(times[group == g], censored[group == g]) for g in (0, 1)]
+    estimate, error = st.log_hazard_ratio(sides[0], sides[1])
+    assert estimate / error == pytest.approx(st.log_rank(sides[0], sides[1])[0], rel=1e-10)
+    mirrored, _ = st.log_hazard_ratio(sides[1], sides[0])
+    assert mirrored == pytest.approx(-estimate)
+    inference = estimands.log_hazard_ratio(sides[0], sides[1])
+    assert 2 * min(inference.above(0.0), inference.below(0.0)) == pytest.approx(
+        st.log_rank(sides[0], sides[1])[1]
+    )
+
+
+def test_log_hazard_ratio_is_near_that_of_exponential_times(rng: np.random.Generator) -> None:
+    fast, slow = rng.exponential(1.0, 4_000), rng.exponential(1.3, 4_000)
+    none = np.zeros(4_000, dtype=bool)
+    estimate, error = st.log_hazard_ratio((fast, none), (slow, none))
+    assert abs(estimate - math.log(1.3)) < 4 * error
+    with pytest.raises(UndefinedError, match="no event came"):
+        st.log_hazard_ratio((fast, ~none), (slow, ~none))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,3 +161,64 @@ def test_end_is_the_last_record_and_at_accuracy_reads_where_accuracy_arrives(run
     assert accuracy.at(summaries.at_accuracy(steps, run, "0.5")) == pytest.approx(0.5)
     with pytest.raises(UndefinedError, match=r"accuracy 1.5 was not reached by step 20000"):
         summaries.at_accuracy(steps, run, "1.5")
+
+
+class Cell(RunView):
+    """A run of a factorial as `mediation` reads it: norm, logit scale, temperature, delay."""
+
+    def __init__(self, norm: float, scale: float, temperature: float, delay: float | None) -> None:
+        self.values = {"weight_norm": norm, "logit_scale": scale}
+        self.delay = delay
+        self.record = SimpleNamespace(config={"module": {"temperature": temperature}})
+
+    def event(self, name: str) -> float | None:
+        return {"t_mem": 100.0, "t_grok": self.delay}[name]
+
+    def curve(self, metric: str, *, split: str | None = None, **_: int | None) -> Curve:
+        del split
+        return Curve(np.array([0, 100, 200]), np.full(3, self.values[metric]))
+
+
+def planted(power_of_scale: float, power_of_norm: float) -> list[Cell]:
+    cells = []
+    for i, norm in enumerate((10.0, 20.0, 40.0)):
+        for temperature in (0.5, 1.0, 2.0):
+            scale = norm**2 / 3 * (1 + 0.1 * i)
+            effective = scale / temperature
+            delay = 50 * effective**power_of_scale * norm**power_of_norm
+            cells.append(Cell(norm, scale, temperature, delay))
+    return cells
+
+
+def test_mediation_finds_which_of_two_planted_predictors_sets_the_delay() -> None:
+    by_scale, by_norm = planted(0.7, 0.0), planted(0.0, 2.0)
+    assert summaries.mediation(by_scale, "logit_scale") == pytest.approx(1)
+    assert summaries.mediation(by_norm, "norm") == pytest.approx(1)
+    assert summaries.mediation_gain(by_scale, "logit_scale", "norm") > 0.1
+    assert summaries.mediation_gain(by_norm, "logit_scale", "norm") < -0.1
+
+
+def test_cells_without_a_delay_are_left_out_and_too_few_give_no_line() -> None:
+    cells = planted(0.7, 0.0)
+    cells[0].delay = None
+    assert summaries.mediation(cells, "logit_scale") == pytest.approx(1)
+    for cell in cells[:4]:
+        cell.delay = None
+    with pytest.raises(UndefinedError, match="5 of 9 cells reached t_grok; a line needs 6"):
+        summaries.mediation(cells, "logit_scale")
+    with pytest.raises(UndefinedError, match="no predictor 'width'"):
+        summaries.mediation(planted(1, 1), "width")
+
+
+@pytest.mark.parametrize(("lead", "expected"), [(-100, 1.0), (100, 0.0), (0, 0.0)])
+def test_the_first_to_be_half_way_is_found(run: RunView, lead: int, expected: float) -> None:
+    steps = np.arange(0, 1_001, 50)
+    view = RunView(run.record)
+
+    def ramp(middle: float, sign: float) -> Curve:
+        return Curve(steps, sign / (1 + np.exp(-(steps - middle) / 40.0)))
+
+    view._curves["log_margin.scale", "train"] = ramp(500, -1.0)
+    view._curves["log_margin.alignment", "train"] = ramp(500 + lead, 1.0)
+    view._curves["accuracy", "test"] = Curve(steps, np.linspace(0, 1, len(steps)))
+    assert summaries.crosses_first(view, "t_low", "t_high") == expected

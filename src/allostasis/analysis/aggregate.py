@@ -225,8 +225,15 @@ class Sample:
         )
 
 
-def summarise(claim: Claim, arm: Arm) -> Sample:
-    """Reduce every finished run of an arm to the number that a claim is about."""
+def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
+    """Reduce every finished run of an arm to the number that a claim is about.
+
+    Args:
+        claim: The claim.
+        arm: The arm.
+        cells: All arms of its condition: the cells of a factorial, which differ in settings. A
+            summary that reads them gets, for each seed, that seed's run in every cell.
+    """
     assert claim.estimand is not None
     summary = summaries.parse(claim.estimand.summary)
     found: dict[RunView, tuple[float, bool, float]] = {}
@@ -239,7 +246,8 @@ def summarise(claim: Claim, arm: Arm) -> Sample:
                 metric = str(select.pop("metric"))
                 index = {column: select[column] for column in ("layer", "head", "position")}
                 curve = run.curve(metric, split=claim.estimand.split, **index)
-            value = summary(run, curve)
+            own = [other for cell in cells for other in cell.runs if other.seed == run.seed]
+            value = summary(run, curve, own)
         except UndefinedError as error:
             undefined[run.seed] = str(error)
             continue

@@ -23,11 +23,11 @@ from yaml import YAMLError
 from allostasis.analysis import summaries
 
 Direction = Literal["greater", "less", "inside", "outside"]
-Test = Literal["t", "tost", "binomial", "bootstrap"]
+Test = Literal["t", "tost", "binomial", "bootstrap", "log_rank"]
 Of = Literal[
     "mean", "difference", "paired_difference", "log_ratio", "proportion", "unanimous",
     "median_time", "kappa", "ratio_of_sums", "log_ratio_of_sums", "hedges_g",
-    "geometric_ratio",
+    "geometric_ratio", "log_hazard_ratio",
 ]  # fmt: skip
 OF_CLUSTERS: tuple[Of, ...] = (
     "mean", "ratio_of_sums", "log_ratio_of_sums", "kappa", "geometric_ratio",
@@ -46,6 +46,7 @@ TESTS: dict[Of, tuple[Test, ...]] = {
     "log_ratio_of_sums": ("t", "tost"),
     "hedges_g": ("t",),
     "geometric_ratio": ("bootstrap",),
+    "log_hazard_ratio": ("log_rank",),
 }
 
 
@@ -227,7 +228,7 @@ class Claim(Part):
         if summaries.parse(estimand.summary).reads_metric != selects:
             verb = "reads the run and takes no" if selects else "needs"
             raise ValueError(f"summary '{estimand.summary}' {verb} `select: {{metric: ...}}`")
-        needs_control = estimand.of in {"difference", "paired_difference"}
+        needs_control = estimand.of in {"difference", "paired_difference", "log_hazard_ratio"}
         if needs_control and self.arms is not None and self.arms.control is None:
             raise ValueError(f"of: {estimand.of} needs `arms: {{treatment: ..., control: ...}}`")
 

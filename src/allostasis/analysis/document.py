@@ -38,12 +38,14 @@ class Extension:
         claims: Its claims.
         figures: Makes figures of the arms shown.
         tables: Makes tables of them.
+        cells: Makes figures of all arms, several of one condition included.
     """
 
     folder: Path
     claims: list[Claim]
     figures: Callable[[Sequence[Arm]], list[Figure]] | None = None
     tables: Callable[[Sequence[Arm]], list[Table]] | None = None
+    cells: Callable[[Sequence[Arm]], list[Figure]] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def study(exp: str, runs: Sequence[RunView], extension: Extension, *, subject: s
     tables: list[Table] = []
     if there:
         wanted = extension.figures(there) if extension.figures is not None else []
+        wanted = wanted + (extension.cells(every) if extension.cells is not None else [])
         drawn = [_drawn(figure) for figure in wanted]
         tables = extension.tables(there) if extension.tables is not None else []
         tables = [*tables, exploratory(there)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from scipy import stats
 
 from allostasis.analysis import statistics as st
 from allostasis.analysis.curves import UndefinedError
@@ -150,6 +151,29 @@ def median_time(times: np.ndarray, censored: np.ndarray) -> Inference:
         lambda level: st.median_interval(times, censored, level=level),
         lambda b: st.median_above(times, b), lambda b: st.median_below(times, censored, b),
         beside={f"{greenwood.method} interval": f"95 %, of the median: {bracket(greenwood)}"},
+    )  # fmt: skip
+
+
+def log_hazard_ratio(
+    left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
+) -> Inference:
+    """Log hazard ratio of two arms by Peto's estimate; against 0 its test is the log-rank test."""
+    estimate, error = st.log_hazard_ratio(left, right)
+    z, p = st.log_rank(left, right)
+    medians = [number(st.kaplan_meier(*side).median) for side in (left, right)]
+
+    def interval(level: float) -> Interval:
+        reach = float(stats.norm.ppf((1 + level) / 2)) * error
+        return Interval(estimate - reach, estimate + reach, level, "Peto")
+
+    return Inference(
+        estimate, min(len(left[0]), len(right[0])), interval,
+        lambda b: float(stats.norm.sf((estimate - b) / error)),
+        lambda b: float(stats.norm.cdf((estimate - b) / error)),
+        beside={
+            "log-rank": f"z {z:.2f}, two-sided p {p:.3g}",
+            "medians": f"{medians[0]} and {medians[1]}; - where it was not reached",
+        },
     )  # fmt: skip
 
 

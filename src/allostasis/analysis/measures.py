@@ -140,6 +140,11 @@ def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference
             return estimands.proportion(values, unanimous=share == "unanimous")
         case "median_time":
             return estimands.median_time(values, treatment.censored)
+        case "log_hazard_ratio":
+            assert control is not None
+            return estimands.log_hazard_ratio(
+                (values, treatment.censored), (control.values, control.censored)
+            )
         case "kappa":
             assert below is not None
             return estimands.kappa(values, below, rng)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,21 @@ if TYPE_CHECKING:
     from allostasis.analysis.aggregate import Arm
     from allostasis.analysis.verdicts import Result
 
+DASHES = ("-", "--", ":", "-.")
 BOX_FROM = 5  # seeds: quartiles of fewer are the points themselves
+
+
+def _looks() -> Iterator[tuple[str, str]]:
+    """Colour and dashes of one arm after another, without end: each colour anew, dashed otherwise.
+
+    Example:
+        >>> looks = _looks()
+        >>> len({next(looks) for _ in range(24)})
+        24
+    """
+    for dashes in itertools.cycle(DASHES):
+        for colour in ARM_COLOURS:
+            yield colour, dashes
 
 
 def survival(arms: Sequence[Arm], event: str, label: str) -> Canvas:
@@ -26,7 +41,7 @@ def survival(arms: Sequence[Arm], event: str, label: str) -> Canvas:
     with style() as plt:
         figure, axis = plt.subplots(figsize=(6.6, 3.6))
         end = max(run.last_step for arm in arms for run in arm.runs)
-        for arm, colour in zip(arms, ARM_COLOURS, strict=False):
+        for arm, (colour, dashes) in zip(arms, _looks(), strict=False):
             times, censored = arm.times_to(event)
             curve = kaplan_meier(times, censored)
             steps = np.concatenate([[0], curve.times, [times.max()]])
@@ -37,6 +52,7 @@ def survival(arms: Sequence[Arm], event: str, label: str) -> Canvas:
                 heights,
                 where="post",
                 color=colour,
+                ls=dashes,
                 label=f"{arm.condition}: {int((~censored).sum())} of {count(arm)}",
             )
             at, low, high = curve.band()
@@ -77,7 +93,7 @@ def event_times(arms: Sequence[Arm], event: str, label: str) -> Canvas:
     """Box and points of the time to an event; arrows mark runs that ended before it came."""
     with style() as plt:
         figure, axis = plt.subplots(figsize=(6.6, 0.8 * len(arms) + 1.4))
-        for row, (arm, colour) in enumerate(zip(arms, ARM_COLOURS, strict=False)):
+        for row, (arm, (colour, _)) in enumerate(zip(arms, _looks(), strict=False)):
             times, censored = arm.times_to(event)
             if len(times) >= BOX_FROM and not censored.any():
                 axis.boxplot(

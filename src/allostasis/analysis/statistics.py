@@ -32,12 +32,13 @@ from allostasis.analysis.intervals import (
 from allostasis.analysis.power import attainable_p, minimum_seeds, power, seeds_for_power
 from allostasis.analysis.resampling import Bootstrap, RatioBootstrap, nested_interval
 from allostasis.analysis.surrogates import circular_shift_p, phase_randomised_p, rank_correlation
-from allostasis.analysis.survival import KaplanMeier, kaplan_meier, log_rank
+from allostasis.analysis.survival import KaplanMeier, kaplan_meier, log_hazard_ratio, log_rank
 
 __all__ = [
     "Bootstrap", "Effect", "Interval", "KaplanMeier", "RatioBootstrap", "attainable_p",
     "binomial_above", "circular_shift_p", "clopper_pearson", "fieller", "hedges_g", "holm",
-    "kaplan_meier", "log_rank", "median_above", "median_below", "median_interval", "minimum_seeds",
+    "kaplan_meier", "log_hazard_ratio", "log_rank", "median_above", "median_below",
+    "median_interval", "minimum_seeds",
     "nested_interval", "noncentral_above", "one_sample_effect", "permutation",
     "phase_randomised_p", "power", "rank_correlation", "ratio_above", "seeds_for_power",
     "sign_flip", "t_above", "t_interval", "unbiasing", "welch_above", "welch_interval",

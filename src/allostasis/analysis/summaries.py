@@ -1,19 +1,20 @@
 """One number a run, or a prompt: what a claim can name as its `summary`.
 
 A claim writes `final`, `at_step(t_mem)` or `log_change(t_low, t_high)`; the name is the function's
-here (a dot is an underscore), the words in brackets are its last arguments. A function whose first
-parameter is `curve` reads the metric that the claim selects, those whose first is `run` read the
-run, and those of `analysis.prompts` read its single prompts. Events are
-those of run.json's summary (`t_mem`, `t_clean`, `t_grok`, `t_loss`) and `t_low`, `t_high`: where
-test accuracy passes 15 % and 85 %. Every function returns a float, a `Time` or a pair for a ratio,
-and raises `UndefinedError` with the reason where the run has none.
+here (a dot is an underscore), the words in brackets are its last arguments. A function whose
+first parameter is `curve` reads the metric that the claim selects, those whose first is `run` read
+the run, those whose first is `cells` read one seed's runs in all cells of a factorial, and those of
+`analysis.prompts` read its single prompts. Events are those of run.json's summary (`t_mem`,
+`t_clean`, `t_grok`, `t_loss`) and `t_low`, `t_high`: where test accuracy passes 15 % and 85 %.
+Every function returns a float, a `Time` or a pair for a ratio, and raises `UndefinedError` with the
+reason where the run has none.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FINAL_SHARE = 0.05  # of the steps, at the end
+MIN_CELLS = 6  # of a factorial, with the event, for a line through them
 # parameters that the records fill; a claim's words fill the others
-READ = ("curve", "run", *TABLES)
+READ = ("curve", "run", "cells", *TABLES)
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,63 @@ def scale_for_alignment(run: RunView, start: str, end: str) -> tuple[float, floa
     return -change(scale, run, start, end), change(alignment, run, start, end)
 
 
+def crosses_first(run: RunView, start: str, end: str) -> float:
+    """1 where alignment is half-way between its values at two events before the logit scale is.
+
+    On the training pairs: the first recorded step from `start` on at which each has covered half
+    of its own change; 0 where the scale is there first or both at once.
+    """
+    halves = []
+    for metric in ("log_margin.alignment", "log_margin.scale"):
+        curve = run.curve(metric, split="train")
+        first, last = curve.at(run.at_event(start)), curve.at(run.at_event(end))
+        if first == last:
+            raise UndefinedError(f"{metric} is the same at {start} and {end}")
+        later = curve.steps >= run.at_event(start)
+        covered = (curve.values[later] - first) / (last - first)
+        halves.append(curve.steps[later][covered >= 0.5].min(initial=run.at_event(end)))
+    return float(halves[0] < halves[1])
+
+
+def mediation(cells: Sequence[RunView], predictor: str) -> float:
+    """R^2 of log t_grok on the log of one predictor, over the cells of a factorial of one seed.
+
+    Args:
+        cells: One seed's runs. Those without t_grok have no delay and are left out.
+        predictor: `logit_scale`: mean over training pairs at t_mem, over the temperature, which is
+            what the loss sees. `norm`: of all parameters, at t_mem.
+    """
+    grokked = [run for run in cells if run.event("t_grok") is not None]
+    if len(grokked) < MIN_CELLS:
+        raise UndefinedError(
+            f"{len(grokked)} of {len(cells)} cells reached t_grok; a line needs {MIN_CELLS}"
+        )
+    known = {"logit_scale": effective_logit_scale, "norm": norm_at_memorisation}
+    if predictor not in known:
+        raise UndefinedError(f"no predictor '{predictor}'; there are {', '.join(known)}")
+    x = np.log([known[predictor](run) for run in grokked])
+    y = np.log([run.at_event("t_grok") for run in grokked])
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        raise UndefinedError(f"{predictor} or t_grok is the same in all cells")
+    return float(np.corrcoef(x, y)[0, 1] ** 2)
+
+
+def mediation_gain(cells: Sequence[RunView], better: str, worse: str) -> float:
+    """How much more of the variance of log t_grok one predictor explains than another."""
+    return mediation(cells, better) - mediation(cells, worse)
+
+
+def effective_logit_scale(run: RunView) -> float:
+    """Mean logit scale of the training pairs at t_mem, over the loss's temperature."""
+    temperature = float(run.record.config["module"].get("temperature", 1.0))
+    return run.curve("logit_scale", split="train").at(run.at_event("t_mem")) / temperature
+
+
+def norm_at_memorisation(run: RunView) -> float:
+    """Norm of all parameters at t_mem."""
+    return run.curve("weight_norm").at(run.at_event("t_mem"))
+
+
 @dataclass(frozen=True)
 class Summary:
     """A claim's summary, parsed.
@@ -248,9 +307,11 @@ class Summary:
         first = next(iter(inspect.signature(self.function).parameters))
         return next((table for table in TABLES if table == first), None)
 
-    def __call__(self, run: RunView, curve: Curve | None) -> float | Time | tuple[float, float]:
-        """Reduce one run."""
-        given = {"curve": curve, "run": run}
+    def __call__(
+        self, run: RunView, curve: Curve | None, cells: Sequence[RunView] = ()
+    ) -> float | Time | tuple[float, float]:
+        """Reduce one run, or one seed's runs in the cells of a factorial."""
+        given = {"curve": curve, "run": run, "cells": cells}
         parameters = inspect.signature(self.function).parameters
         return self.function(*(given[p] for p in parameters if p in READ), *self.arguments)
 

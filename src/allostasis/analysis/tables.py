@@ -49,29 +49,35 @@ def event_table(arms: Sequence[Arm], events: Sequence[str]) -> Table:
 
 
 def survival_table(arms: Sequence[Arm], event: str) -> Table:
-    """Kaplan-Meier median, restricted mean to the common end and log-rank of the first two arms."""
+    """Kaplan-Meier median, restricted mean to the common end, log-rank against the first arm."""
     samples = {arm.condition: arm.times_to(event) for arm in arms}
     until = min(times.max() for times, _ in samples.values())
+    first = next(iter(samples))
     rows = []
     for condition, (times, censored) in samples.items():
         curve = st.kaplan_meier(times, censored)
         mean, error = curve.restricted_mean(until)
+        try:
+            z, p = st.log_rank(samples[condition], samples[first])
+            test = "" if condition == first else f"z = {z:.2f}, p = {p:.3g}"
+        except UndefinedError as undefined:
+            test = str(undefined)
         rows.append((
             condition,
             f"{int((~censored).sum())} of {len(times)}",
             number(curve.median),
             bracket(curve.median_interval()),
             f"{number(mean)} ± {number(error)}",
+            test,
         ))
-    note = "The interval is log-log Greenwood's; ± is a standard error."
-    if len(arms) > 1:
-        first, second = list(samples)[:2]
-        try:
-            z, p = st.log_rank(samples[first], samples[second])
-            note += f" Log-rank, {first} against {second}: z = {z:.2f}, p = {p:.3g}."
-        except UndefinedError as error:
-            note += f" No log-rank test: {error}."
-    heads = ("condition", "reached", "median", "95 %", f"mean, restricted to {number(until)}")
+    note = (
+        "The interval is log-log Greenwood's; ± is a standard error. Log-rank tests are two-sided "
+        f"and not corrected; z > 0: sooner than {first}."
+    )
+    heads = (
+        "condition", "reached", "median", "95 %", f"mean, restricted to {number(until)}",
+        f"log-rank against {first}",
+    )  # fmt: skip
     return Table(f"Steps to {event}", heads, tuple(rows), note)
 
 

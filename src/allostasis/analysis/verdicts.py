@@ -209,7 +209,7 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
     unlike = ""
     try:
         arm, unlike = shown(arms, claim.arms.treatment, claim.settings)
-        treatments, control, used = _units(claim, arm), None, [arm]
+        treatments, control, used = _units(claim, arm, arms), None, [arm]
         if claim.arms.control is not None:
             same_device = [other for other in arms if other.device == arm.device]
             other, also_unlike = shown(same_device, claim.arms.control, claim.settings)
@@ -217,7 +217,7 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
             control, unlike = summarise(claim, other), unlike or also_unlike
             used.append(other)
             if claim.estimand is not None and claim.estimand.of not in {
-                "difference", "hedges_g",
+                "difference", "hedges_g", "log_hazard_ratio",
             }:  # fmt: skip
                 treatment, control = pair(treatments[""], control)
                 treatments = {"": treatment}
@@ -252,12 +252,13 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
     )
 
 
-def _units(claim: Claim, arm: Arm) -> dict[str, Sample]:
+def _units(claim: Claim, arm: Arm, arms: Sequence[Arm]) -> dict[str, Sample]:
     """What a claim's units are reduced to: one sample, or one a depth, by name."""
     assert claim.estimand is not None
     if claim.estimand.unit == "cluster":
         return clusters.samples(claim, arm)
-    return {"": summarise(claim, arm)}
+    cells = [a for a in arms if (a.condition, a.device) == (arm.condition, arm.device)]
+    return {"": summarise(claim, arm, cells)}
 
 
 def _interval(inference: Inference, level: float) -> Interval | None:

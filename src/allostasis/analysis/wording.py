@@ -28,12 +28,14 @@ OF = {
     "log_ratio_of_sums": "logarithm of the ratio of sums over {units} of",
     "geometric_ratio": "geometric mean over layers of ratios of sums over {units} of",
     "hedges_g": "standardised difference over {units} (Hedges's g) of",
+    "log_hazard_ratio": "log hazard ratio over {units} (Peto) of",
 }
 TESTS = {
     "t": "one-sided t tests",
     "tost": "two one-sided t tests (TOST)",
     "binomial": "exact binomial tests",
     "bootstrap": "the BCa bootstrap of the logarithm, inverted",
+    "log_rank": "normal tests of Peto's estimate, which at 0 are the log-rank test",
 }
 FIELLER = "the tests that Fieller inverts"
 TESTS_OF = {

@@ -105,6 +105,7 @@ def config_hash(cfg: DictConfig, *, without: tuple[str, ...] = ()) -> str:
             for key, value in blank.items_ex(resolve=True)
             if key not in (*NOT_IDENTITY, *without)
         }
+    settings["module"].pop("n_seeds", None)  # how many runs are done side by side, whatever a run's
     for key in NOT_IDENTITY_OF_TRAINER:
         settings["trainer"].pop(key, None)  # what it shows on its way
     text = json.dumps(_plain(settings), sort_keys=True, separators=(",", ":"))
@@ -116,6 +117,20 @@ def run_folder(cfg: DictConfig) -> Path:
     device = cfg.device.replace(":", "")
     arm = Path("outputs", cfg.name, cfg.condition)
     return arm / f"seed={cfg.seed}" / f"{device}-{config_hash(cfg)}"
+
+
+def run_folders(cfg: DictConfig, folder: Path) -> list[Path]:
+    """The folders of all runs that a config makes: its own, and those of the next seeds of a block.
+
+    Args:
+        cfg: A composed config; `module.replicas` above 1 makes a block of as many seeds, or of
+            `module.n_seeds`.
+        folder: The folder of the config's own seed.
+    """
+    replicas = cfg.module.get("replicas", 1)
+    n_seeds = cfg.module.get("n_seeds") or replicas if replicas > 1 else 1
+    others = range(cfg.seed + 1, cfg.seed + n_seeds)
+    return [folder, *(folder.parents[1] / f"seed={seed}" / folder.name for seed in others)]
 
 
 def _run_folder(*, _root_: DictConfig) -> str:

@@ -26,9 +26,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, embedding_bag
 
+from allostasis.core.seeding import derive
+from allostasis.models.modular_loss import Loss, log_softmax, pair_losses
+
 Matmul = Literal["float32", "bfloat16"]
 BLOCK = 1130  # pairs at a time where only logits are wanted: 3 MB of activations
 LANES = 16  # table rows are padded to whole vectors of this many float32 numbers
+
+
+class Objective(NamedTuple):
+    """What a pair's logits cost: which loss, and what the logits are divided by first."""
+
+    loss: Loss = "cross_entropy"
+    temperature: float = 1.0
+
+
+PLAIN = Objective()
+"""Cross-entropy of the logits as they are."""
 
 
 class Parameters(NamedTuple):
@@ -45,6 +59,34 @@ class Parameters(NamedTuple):
     W_out: Tensor
     b_out: Tensor
     W_U: Tensor
+
+
+def initial_parameters(seed: int, *, p: int, d_model: int, n_heads: int, d_mlp: int) -> Parameters:
+    """Parameters of a seed, drawn on the CPU from its `init` randomness, in float32.
+
+    In the order W_E, W_pos, W_Q, W_K, W_V, W_O, W_in, W_out, W_U: N(0, 1) / sqrt(d_model), and
+    N(0, 1) / sqrt(p + 1) for W_U. Biases are zero.
+    """
+    generator = torch.Generator().manual_seed(derive(seed, "init"))
+    d_head = d_model // n_heads
+
+    def draw(*shape: int, fan: int = d_model) -> Tensor:
+        normal = torch.randn(shape, generator=generator, dtype=torch.float32)
+        return normal / math.sqrt(fan)
+
+    return Parameters(
+        W_E=draw(p + 1, d_model),
+        W_pos=draw(3, d_model),
+        W_Q=draw(n_heads, d_model, d_head),
+        W_K=draw(n_heads, d_model, d_head),
+        W_V=draw(n_heads, d_model, d_head),
+        W_O=draw(n_heads, d_head, d_model),
+        W_in=draw(d_model, d_mlp),
+        b_in=torch.zeros(d_mlp),
+        W_out=draw(d_mlp, d_model),
+        b_out=torch.zeros(d_model),
+        W_U=draw(d_model, p + 1, fan=p + 1),
+    )
 
 
 class Scatter:
@@ -183,7 +225,7 @@ def logits_of(folded: Folded, index: PairIndex) -> Float[Tensor, "pair d_vocab"]
 
 
 class StructuredLoss(torch.autograd.Function):
-    """Mean cross-entropy at '='; the gradients are computed along with it."""
+    """Mean loss at '='; the gradients are computed along with it."""
 
     @staticmethod
     def forward(
@@ -191,17 +233,14 @@ class StructuredLoss(torch.autograd.Function):
         index: PairIndex,
         answer: Int64[Tensor, "pair 1"],
         matmul: Matmul,
+        objective: Objective,
         *parameters: Tensor,
     ) -> Float64[Tensor, ""]:
         """The loss; `ctx` takes the gradients of its sum over pairs."""
         theta = Parameters(*parameters)
         folded = fold(theta, index)
         rows, hidden, logits = forward(folded, index, matmul)
-        log_prob = logits.log_softmax(dim=1, dtype=torch.float64)
-        loss = -log_prob.gather(1, answer).mean()
-
-        grad_logits = log_prob.exp_()
-        grad_logits.scatter_add_(1, answer, grad_logits.new_full((1, 1), -1.0).expand_as(answer))
+        loss, grad_logits = _cost(logits, answer, objective)
         logits.copy_(grad_logits)
         with products_in(matmul):
             grad_hidden_to_logits = (logits.T @ hidden).T
@@ -218,7 +257,7 @@ class StructuredLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """The gradients, scaled by that of the loss."""
         scale = grad_outputs[0] / ctx.n_pairs
-        return None, None, None, *(gradient * scale for gradient in ctx.gradients)
+        return None, None, None, None, *(gradient * scale for gradient in ctx.gradients)
 
 
 def backward(
@@ -284,6 +323,24 @@ def backward(
         b_out=theta.W_U @ grad_direct,
         W_U=grad_W_U.addr_(theta.b_out, grad_direct),
     )
+
+
+def _cost(
+    logits: Float[Tensor, "pair d_vocab"], answer: Int64[Tensor, "pair 1"], objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """The mean loss, and the gradient of the sum over pairs with respect to the logits."""
+    if objective == PLAIN:
+        log_prob = log_softmax(logits)
+        loss = -log_prob.gather(1, answer).mean()
+        grad_logits = log_prob.exp_()
+        grad_logits.scatter_add_(1, answer, grad_logits.new_full((1, 1), -1.0).expand_as(answer))
+        return loss, grad_logits
+    temperature = None if objective.temperature == 1 else objective.temperature
+    with torch.enable_grad():
+        leaf = logits.detach().clone().requires_grad_()
+        each = pair_losses(leaf, answer[:, 0], loss=objective.loss, temperature=temperature)
+        (grad_logits,) = torch.autograd.grad(each.sum(), leaf)
+    return each.detach().mean(), grad_logits
 
 
 @contextmanager

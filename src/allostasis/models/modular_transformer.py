@@ -8,15 +8,20 @@ from annotated_types import Gt
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from allostasis.core.seeding import derive
 from allostasis.core.spaces import LayerWeights, Weights
 from allostasis.models.lens import HookedRootModule, HookPoint
+from allostasis.models.modular_loss import pair_losses
+from allostasis.models.modular_replicas import TAU, Questions, grid_logits
+from allostasis.models.modular_replicas import logits as logits_of_replicas
 from allostasis.models.modular_step import (
+    PLAIN,
     Matmul,
+    Objective,
     PairIndex,
     Parameters,
     StructuredLoss,
     fold,
+    initial_parameters,
     logits_of,
 )
 
@@ -77,9 +82,7 @@ class ModularTransformer(HookedRootModule):
     """One-layer causal transformer for [a, b, =], read at '='.
 
     No norms, no attention biases, ReLU, learned positions, an untied unembedding without bias onto
-    p + 1 outputs. Weights are drawn on the CPU from the seed's `init` randomness, in float32, in
-    the order W_E, W_pos, W_Q, W_K, W_V, W_O, W_in, W_out, W_U: N(0, 1) / sqrt(d_model), and
-    N(0, 1) / sqrt(p + 1) for W_U. Biases start at zero.
+    p + 1 outputs. Weights start as `modular_step.initial_parameters` draws them.
 
     `forward` computes all three positions with TransformerLens's hook points. `loss` and `logits`
     take the structured way by default, which computes only what '=' reads and has no hook points.
@@ -90,6 +93,12 @@ class ModularTransformer(HookedRootModule):
         d_model: Width of the residual stream.
         n_heads: Heads, each of width d_model / n_heads.
         d_mlp: Neurons.
+
+    Attributes:
+        sphere: Whether the final residual and the columns of W_U are normalised, the logits being
+            `TAU` times their cosine: amplitude is out of play. May be set.
+        uniform_attention: Whether each head reads what it sees with equal weights: routing is out
+            of play. May be set.
 
     Raises:
         ValueError: The heads do not divide d_model.
@@ -124,23 +133,14 @@ class ModularTransformer(HookedRootModule):
             )
         self.p, self.d_model, self.n_heads, self.d_mlp = p, d_model, n_heads, d_mlp
         self.d_head = d_model // n_heads
-        generator = torch.Generator().manual_seed(derive(seed, "init"))
-
-        def draw(*shape: int, fan: int = d_model) -> nn.Parameter:
-            normal = torch.randn(shape, generator=generator, dtype=torch.float32)
-            return nn.Parameter(normal / math.sqrt(fan))
-
-        self.W_E = draw(p + 1, d_model)
-        self.W_pos = draw(3, d_model)
-        self.W_Q = draw(n_heads, d_model, self.d_head)
-        self.W_K = draw(n_heads, d_model, self.d_head)
-        self.W_V = draw(n_heads, d_model, self.d_head)
-        self.W_O = draw(n_heads, self.d_head, d_model)
-        self.W_in = draw(d_model, d_mlp)
-        self.b_in = nn.Parameter(torch.zeros(d_mlp))
-        self.W_out = draw(d_mlp, d_model)
-        self.b_out = nn.Parameter(torch.zeros(d_model))
-        self.W_U = draw(d_model, p + 1, fan=p + 1)
+        self.sphere = self.uniform_attention = False
+        drawn = initial_parameters(seed, p=p, d_model=d_model, n_heads=n_heads, d_mlp=d_mlp)
+        self.W_E, self.W_pos = nn.Parameter(drawn.W_E), nn.Parameter(drawn.W_pos)
+        self.W_Q, self.W_K = nn.Parameter(drawn.W_Q), nn.Parameter(drawn.W_K)
+        self.W_V, self.W_O = nn.Parameter(drawn.W_V), nn.Parameter(drawn.W_O)
+        self.W_in, self.b_in = nn.Parameter(drawn.W_in), nn.Parameter(drawn.b_in)
+        self.W_out, self.b_out = nn.Parameter(drawn.W_out), nn.Parameter(drawn.b_out)
+        self.W_U = nn.Parameter(drawn.W_U)
 
         self._trained_on: tuple[Pairs, PairIndex] | None = None
         self._grid: PairIndex | None = None
@@ -163,6 +163,8 @@ class ModularTransformer(HookedRootModule):
         scores = torch.einsum("nqhk,nshk->nhqs", q, k) / math.sqrt(self.d_head)
         future = torch.ones(3, 3, dtype=torch.bool, device=scores.device).triu(1)
         scores = attn.hook_attn_scores(scores.masked_fill(future, -torch.inf))
+        if self.uniform_attention:
+            scores = (scores.masked_fill(future, 0.0) * 0).masked_fill(future, -torch.inf)
         pattern = attn.hook_pattern(scores.softmax(dim=-1))
         z = attn.hook_z(torch.einsum("nhqs,nshk->nqhk", pattern, v))
         attn_out = block.hook_attn_out(torch.einsum("nqhk,hkd->nqd", z, self.W_O))
@@ -171,7 +173,10 @@ class ModularTransformer(HookedRootModule):
         pre = mlp.hook_pre(resid_mid @ self.W_in + self.b_in)
         mlp_out = block.hook_mlp_out(mlp.hook_post(pre.relu()) @ self.W_out + self.b_out)
         resid_post = block.hook_resid_post(resid_mid + mlp_out)
-        return resid_post @ self.W_U
+        if not self.sphere:
+            return resid_post @ self.W_U
+        columns = self.W_U / self.W_U.norm(dim=0)
+        return TAU * (resid_post / resid_post.norm(dim=-1, keepdim=True)) @ columns
 
     def streams(self, a: Int64[Tensor, " pair"], b: Int64[Tensor, " pair"]) -> Streams:
         """The residual stream at '=', without computing the other two positions.
@@ -193,9 +198,14 @@ class ModularTransformer(HookedRootModule):
         return Streams(resid_mid, resid_mid + mlp_out)
 
     def loss(
-        self, pairs: Pairs, *, engine: Engine = "structured", matmul: Matmul = "float32"
+        self,
+        pairs: Pairs,
+        *,
+        engine: Engine = "structured",
+        matmul: Matmul = "float32",
+        objective: Objective = PLAIN,
     ) -> Float64[Tensor, ""]:
-        """Mean cross-entropy at '=' over all p + 1 outputs, in nats, ready for `backward`.
+        """Mean loss at '=' over all p + 1 outputs, ready for `backward`.
 
         Args:
             pairs: The batch. The structured engine keeps an index of the last one it was given,
@@ -203,36 +213,49 @@ class ModularTransformer(HookedRootModule):
             engine: `structured` computes '=' only; `naive` all positions, through the hook points.
             matmul: How the structured engine's three largest products treat float32 factors:
                 as they are, or rounded to bfloat16, with sums in float32 in both cases.
+            objective: What a pair's logits cost; cross-entropy in nats if nothing else is said.
 
         Raises:
             ValueError: A hook is attached, which the structured engine would never call, or
-                `matmul` is set for the naive one.
+                `matmul` is set for the naive one or for a model that is not plain.
         """
+        if matmul != "float32" and (engine == "naive" or not self.is_plain):
+            what = "engine=naive" if engine == "naive" else "sphere or uniform_attention"
+            raise ValueError(f"matmul={matmul} has no effect with {what}; take matmul=float32")
         if engine == "naive":
-            if matmul != "float32":
-                raise ValueError(
-                    f"matmul={matmul} has no effect with engine=naive; take engine=structured, or "
-                    f"matmul=float32"
-                )
             equals = torch.full_like(pairs.a, self.p)
             logits = self(torch.stack((pairs.a, pairs.b, equals), dim=1))[:, -1]
-            return cross_entropy(logits, pairs.answer)
+            return _mean_loss(logits, pairs.answer, objective)
         self._refuse_hooks()
         if not torch.is_grad_enabled():
-            return cross_entropy(self.logits(pairs), pairs.answer)
+            return _mean_loss(self.logits(pairs), pairs.answer, objective)
+        if not self.is_plain:
+            fields = (field[None] for field in (pairs.a, pairs.b, pairs.answer))
+            questions = Questions.of(*fields, p=self.p, dtype=self.W_E.dtype)
+            logits = logits_of_replicas(
+                self._as_replica(), questions, sphere=self.sphere, is_uniform=self.uniform_attention
+            )
+            return _mean_loss(logits[0], pairs.answer, objective)
         if self._trained_on is None or self._trained_on[0] is not pairs:
             self._trained_on = pairs, self._index(pairs.a, pairs.b)
         index, answer = self._trained_on[1], pairs.answer[:, None]
-        return StructuredLoss.apply(index, answer, matmul, *self._parameters_in_order())
+        return StructuredLoss.apply(index, answer, matmul, objective, *self._parameters_in_order())
 
     @torch.no_grad()
     def logits(self, pairs: Pairs) -> Float[Tensor, "pair d_vocab"]:
         """Logits at '=' by the structured engine, without gradients."""
+        if not self.is_plain:
+            return self.grid_logits()[pairs.a, pairs.b]
         return self._logits(self._index(pairs.a, pairs.b))
 
     @torch.no_grad()
     def grid_logits(self) -> Float[Tensor, "p p d_vocab"]:
         """Logits at '=' for every pair, by a and b, without gradients."""
+        if not self.is_plain:
+            self._refuse_hooks()
+            return grid_logits(
+                self._as_replica(), sphere=self.sphere, is_uniform=self.uniform_attention
+            )[0]
         if self._grid is None or self._grid.sources.device != self.W_E.device:
             numbers = torch.arange(self.p, device=self.W_E.device)
             self._grid = self._index(*torch.cartesian_prod(numbers, numbers).T)
@@ -241,6 +264,14 @@ class ModularTransformer(HookedRootModule):
     def _logits(self, index: PairIndex) -> Tensor:
         self._refuse_hooks()
         return logits_of(fold(self._parameters_in_order(), index), index)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether neither amplitude nor routing is out of play."""
+        return not (self.sphere or self.uniform_attention)
+
+    def _as_replica(self) -> Parameters:
+        return Parameters(*(tensor[None] for tensor in self._parameters_in_order()))
 
     def _index(self, a: Tensor, b: Tensor) -> PairIndex:
         return PairIndex(a, b, p=self.p, n_heads=self.n_heads)
@@ -271,6 +302,14 @@ class ModularTransformer(HookedRootModule):
                 "unembed": ("W_U",),
             },
         )
+
+
+def _mean_loss(logits: Tensor, answer: Tensor, objective: Objective) -> Float64[Tensor, ""]:
+    if objective == PLAIN:
+        return cross_entropy(logits, answer)
+    return pair_losses(
+        logits, answer, loss=objective.loss, temperature=objective.temperature
+    ).mean()
 
 
 def cross_entropy(

@@ -1,61 +1,18 @@
 """Modular addition: every pair of numbers below p, a fixed split, the answer read at '='."""
 
-import hashlib
 import itertools
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Literal, NamedTuple
 
 import lightning as L
 import torch
 from annotated_types import Gt, Lt
-from jaxtyping import Int64
-from torch import Tensor
 
-from allostasis.core.seeding import derive
+from allostasis.tasks.modular_pairs import Op, Pairs, generator, n_train_pairs, pairs_of, split
+
+__all__ = ["Ceiling", "FullBatch", "ModularAddition", "Pairs", "Part"]
 
 Part = Literal["train", "test", "probe", "all"]
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Questions 'a op b =' and their answers.
-
-    Attributes:
-        a: Left operand, 0 to p - 1.
-        b: Right operand, 0 to p - 1.
-        answer: The label, 0 to p - 1.
-        p: The modulus, which is also the '=' token.
-    """
-
-    a: Int64[Tensor, " pair"]
-    b: Int64[Tensor, " pair"]
-    answer: Int64[Tensor, " pair"]
-    p: int
-
-    def __len__(self) -> int:
-        return len(self.a)
-
-    @cached_property
-    def tokens(self) -> Int64[Tensor, "pair 3"]:
-        """The questions as a model reads them: a, b, '='. The answer is not among them."""
-        return torch.stack((self.a, self.b, torch.full_like(self.a, self.p)), dim=1)
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the operands, so that two runs can prove that they used the same pairs."""
-        operands = torch.stack((self.a, self.b)).cpu().numpy().astype("<i8")
-        return hashlib.sha256(operands.tobytes()).hexdigest()
-
-    def to(self, device: torch.device | str) -> "Pairs":
-        """The same pairs on a device; this very object where they are there already."""
-        if self.a.device == torch.device(device):
-            return self
-        return Pairs(
-            a=self.a.to(device), b=self.b.to(device), answer=self.answer.to(device), p=self.p
-        )
 
 
 class Ceiling(NamedTuple):
@@ -113,11 +70,12 @@ class ModularAddition(L.LightningDataModule):
         p: Annotated[int, Gt(2)] = 113,
         train_frac: Annotated[float, Gt(0), Lt(1)] = 0.3,
         probe_size: Annotated[int, Gt(0)] = 512,
-        op: Literal["add", "subtract"] = "add",
+        op: Op = "add",
     ) -> None:
         super().__init__()
-        self.p, self.op = p, op
-        n_pairs, n_train = p * p, math.floor(train_frac * p * p)
+        self.p = p
+        self.op: Op = op
+        n_pairs, n_train = p * p, n_train_pairs(p, train_frac)
         n_test = n_pairs - n_train
         if n_train < 1:
             raise ValueError(
@@ -129,18 +87,13 @@ class ModularAddition(L.LightningDataModule):
                 f"probe_size={probe_size} is more than the {n_test} test pairs that p={p} and "
                 f"train_frac={train_frac} leave; set probe_size to 1 to {n_test}"
             )
-        order = torch.randperm(n_pairs, generator=_generator(seed, "data"))
-        chosen = torch.randperm(n_test, generator=_generator(seed, "probe"))[:probe_size]
-        self.train = self._pairs(order[:n_train].sort().values)
-        self.test = self._pairs(order[n_train:].sort().values)
-        self.probe = self._pairs(order[n_train:][chosen])
-        self.all = self._pairs(order.sort().values)
+        drawn = split(seed, p=p, train_frac=train_frac)
+        chosen = torch.randperm(n_test, generator=generator(seed, "probe"))[:probe_size]
+        self.train = pairs_of(drawn.train, p=p, op=op)
+        self.test = pairs_of(drawn.test, p=p, op=op)
+        self.probe = pairs_of(drawn.drawn_test[chosen], p=p, op=op)
+        self.all = pairs_of(torch.arange(n_pairs), p=p, op=op)
         self._moved: dict[tuple[Pairs, torch.device], Pairs] = {}
-
-    def _pairs(self, index: Int64[Tensor, " pair"]) -> Pairs:
-        a, b = index // self.p, index % self.p
-        answer = a + b if self.op == "add" else a - b
-        return Pairs(a=a, b=b, answer=answer % self.p, p=self.p)
 
     def train_dataloader(self) -> FullBatch:
         """Every batch is the whole training set, without end: the module counts the updates."""
@@ -170,7 +123,3 @@ class ModularAddition(L.LightningDataModule):
         """
         del part
         return Ceiling(accuracy=1.0, cross_entropy=0.0)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(derive(seed, name))

@@ -1,9 +1,10 @@
-"""The LightningModule of `grokking`: full-batch modular addition with decoupled weight decay."""
+"""The LightningModule of `grokking`: full-batch modular addition, its arms and their proof."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import lightning as L
@@ -13,14 +14,32 @@ from jaxtyping import Bool, Float
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
+from allostasis.core.records import RunRecord
+from allostasis.engines.optimisers import RowOptimiser, Rule
+from allostasis.experiments.grokking import arms
 from allostasis.experiments.grokking.phases import Phases
 from allostasis.metrics.base import Snapshot
 from allostasis.metrics.cosine_fve import cosine_fve
 from allostasis.metrics.key_frequencies import key_frequencies
+from allostasis.models.modular_loss import Loss
+from allostasis.models.modular_step import Objective, Parameters
 from allostasis.models.modular_transformer import Engine, Matmul, ModularTransformer
 from allostasis.tasks.modular_addition import ModularAddition, Pairs
 
-Optimiser = Literal["adamw", "adam_l2"]
+Optimiser = Literal["adamw", "adam_l2", "muon", "sgdm", "grokfast_ema"]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a block works out for all its replicas at once, as one of them asks for it.
+
+    Attributes:
+        grid_logits: Logits at '=' of every pair, by a and b.
+        probe_accuracy: Accuracy on the probe.
+    """
+
+    grid_logits: Callable[[], Tensor]
+    probe_accuracy: Callable[[], float]
 
 
 class Grokking(L.LightningModule):
@@ -38,8 +57,23 @@ class Grokking(L.LightningModule):
         weight_decay: Decay coefficient; `adamw` decouples it from the gradient.
         betas: Adam's moment decay rates.
         warmup_steps: Updates over which the learning rate rises linearly.
-        optimiser: `adamw`, or `adam_l2`: decay added to the gradient, as in a predecessor's script,
-            which at weight decay 1 cannot leave a loss of ln(p + 1).
+        optimiser: `adamw`; `adam_l2`: decay added to the gradient, as in a predecessor's script,
+            which at weight decay 1 cannot leave a loss of ln(p + 1); `muon` for the hidden
+            matrices, with AdamW for the others; `sgdm`; `grokfast_ema`, AdamW with the slow part
+            of the gradient amplified. Decay is decoupled but for `adam_l2`.
+        momentum: Of `muon` and `sgdm`.
+        muon_lr: Learning rate of the hidden matrices under `muon`.
+        loss: `cross_entropy`, `stablemax` or `mse`. What is recorded as a loss is cross-entropy.
+        temperature: What logits are divided by in the loss that is trained on.
+        orthograd: Whether each tensor's gradient loses its part along the tensor.
+        sphere: Whether final residual and unembedding are normalised: there is no amplitude.
+        uniform_attention: Whether all attention weights are equal: there is no routing.
+        norm_clamp: The norm of all parameters after every update, as a multiple of that which the
+            same seed's run of `high_wd` had at its t_grok; null lets it move.
+        reads: Arms whose finished run of the same seed this one needs.
+        replicas: Width of the block that the run is trained in; 1 trains it alone.
+        n_seeds: Seeds of the block from `seed` on; null takes as many as it has slots.
+        cuda_graph: Whether an update of a block is captured once and replayed, on a GPU.
         engine: `structured` computes only what '=' reads; `naive` all three positions.
         matmul: Factors of the structured engine's largest products: `float32`, or rounded to
             `bfloat16`, which is faster on CPUs with bfloat16 units and not exact.
@@ -49,7 +83,7 @@ class Grokking(L.LightningModule):
         dwell: Evaluations for which a phase's condition must hold.
 
     Raises:
-        ValueError: eval_every is no multiple of chunk.
+        ValueError: eval_every is no multiple of chunk, or settings do not go together.
     """
 
     offers = frozenset({
@@ -70,6 +104,18 @@ class Grokking(L.LightningModule):
         betas: Annotated[Sequence[Annotated[float, Ge(0), Lt(1)]], Len(2, 2)] = (0.9, 0.98),
         warmup_steps: Annotated[int, Ge(0)] = 10,
         optimiser: Optimiser = "adamw",
+        momentum: Annotated[float, Ge(0), Lt(1)] = 0.95,
+        muon_lr: Annotated[float, Gt(0)] = 0.02,
+        loss: Loss = "cross_entropy",
+        temperature: Annotated[float, Gt(0)] = 1.0,
+        orthograd: bool = False,
+        sphere: bool = False,
+        uniform_attention: bool = False,
+        norm_clamp: Annotated[float, Gt(0)] | None = None,
+        reads: Sequence[str] = (),
+        replicas: Annotated[int, Ge(1)] = 1,
+        n_seeds: Annotated[int, Ge(1)] | None = None,
+        cuda_graph: bool = True,
         engine: Engine = "structured",
         matmul: Matmul = "float32",
         stop_after_grok: Annotated[int, Gt(0)] | None = 10_000,
@@ -80,11 +126,34 @@ class Grokking(L.LightningModule):
         super().__init__()
         if eval_every % chunk:
             raise ValueError(f"{eval_every=} is no multiple of {chunk=}")
+        if norm_clamp is not None and arms.REFERENCE not in reads:
+            raise ValueError(
+                f"{norm_clamp=} is a multiple of a norm that a run of '{arms.REFERENCE}' had; "
+                f"set reads=[{arms.REFERENCE}]"
+            )
+        if n_seeds is not None and n_seeds > replicas:
+            raise ValueError(f"{n_seeds=} seeds do not fit in a block of {replicas=}")
+        if replicas > 1 and (engine != "structured" or matmul != "float32"):
+            raise ValueError(f"{replicas=} take engine=structured and matmul=float32")
         self.automatic_optimization = False
         self.model, self.task = model, task
+        model.sphere, model.uniform_attention = sphere, uniform_attention
         self.max_steps, self.chunk, self.eval_every = max_steps, chunk, eval_every
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_steps, self.optimiser = warmup_steps, optimiser
+        self.objective = Objective(loss, temperature)
+        self.rule = Rule(
+            optimiser="adamw" if optimiser == "grokfast_ema" else optimiser,
+            betas=(betas[0], betas[1]),
+            momentum=momentum,
+            muon_lr=muon_lr,
+            warmup_steps=warmup_steps,
+            orthograd=orthograd,
+            grokfast=arms.GROKFAST if optimiser == "grokfast_ema" else 0.0,
+        )
+        self.norm_clamp, self.norm = norm_clamp, None
+        self.replicas, self.n_seeds, self.cuda_graph = replicas, n_seeds, cuda_graph
+        self.shared: Shared | None = None
         self.engine: Engine = engine
         self.matmul: Matmul = matmul
         self.stop_after_grok = stop_after_grok
@@ -114,21 +183,58 @@ class Grokking(L.LightningModule):
             self.updates += 1
 
     def _loss(self, model: ModularTransformer, pairs: Pairs) -> Tensor:
-        return model.loss(pairs, engine=self.engine, matmul=self.matmul)
+        return model.loss(pairs, engine=self.engine, matmul=self.matmul, objective=self.objective)
+
+    def advanced(self, updates: int, *, before: dict[str, Tensor]) -> None:
+        """Take note that a block has done this run's next chunk of updates."""
+        self.updates, self._before = updates, before
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
         """Stop once no further update is wanted; runs after all callbacks."""
         self.trainer.should_stop = self.is_finished
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Fused AdamW, or Adam with the decay in its gradient."""
-        return self._optimiser(self.model, self.weight_decay)
+        """Fused AdamW, or Adam with the decay in its gradient, or the arm's own rule."""
+        return self._optimiser(self.model)
 
-    def _optimiser(self, model: ModularTransformer, decay: float) -> torch.optim.Optimizer:
-        kind = {"adamw": torch.optim.AdamW, "adam_l2": torch.optim.Adam}[self.optimiser]
-        return kind(
-            model.parameters(), lr=self.lr, weight_decay=decay, betas=tuple(self.betas), fused=True
+    def _optimiser(self, model: ModularTransformer) -> torch.optim.Optimizer:
+        kinds = {"adamw": torch.optim.AdamW, "adam_l2": torch.optim.Adam}
+        if self.optimiser in kinds and not self.rule.orthograd and self.norm is None:
+            return kinds[self.optimiser](
+                model.parameters(),
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                betas=tuple(self.betas),
+                fused=True,
+            )
+        return RowOptimiser(
+            [getattr(model, name) for name in Parameters._fields],
+            self.rule,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            norm=self.norm,
         )
+
+    def take(self, earlier: Mapping[str, RunRecord]) -> dict[str, Any]:
+        """Read the norm to be held from the same seed's finished run.
+
+        Returns:
+            What run.json says of it.
+        """
+        if self.norm_clamp is None:
+            return {}
+        critical = arms.norm_at_grok(earlier[arms.REFERENCE])
+        self.norm = self.norm_clamp * critical
+        return {"norm": {"at_t_grok": critical, "held": self.norm}}
+
+    @staticmethod
+    def together(
+        members: Sequence[Grokking], *, open_slots: Sequence[int], device: torch.device
+    ) -> L.LightningModule:
+        """Several runs as one module that trains them side by side."""
+        from allostasis.experiments.grokking.replicas import ReplicaBlock
+
+        return ReplicaBlock(members, open_slots=open_slots, device=device)
 
     @property
     def last_step(self) -> int:
@@ -146,51 +252,37 @@ class Grokking(L.LightningModule):
     def prove_effect(self) -> dict[str, float]:
         """Show before training that the arm's treatment acts and its loss has a gradient.
 
-        Two copies do one update, with and without weight decay.
+        Copies do a few updates: as this arm, without its weight decay, and as plain AdamW on
+        cross-entropy with the same decay.
 
         Returns:
-            `gradient_norm` of the loss at step 0 and `weight_decay_change`, the largest change of
-            a parameter that the decay makes in one update (0 by construction without decay).
+            `gradient_norm` of the loss at step 0; `weight_decay_change` and `treatment_change`, the
+            largest change of a parameter that each makes (0 by construction where there is none).
 
         Raises:
-            RuntimeError: The loss has no gradient, or the decay changes nothing.
+            RuntimeError: The loss has no gradient, or the treatment or the decay changes nothing.
         """
-        ends: list[dict[str, Tensor]] = []
-        norm = 0.0
-        for decay in (self.weight_decay, 0.0):
-            twin = copy.deepcopy(self.model)
-            optimiser = self._optimiser(twin, decay)
-            self._loss(twin, self.task.train.to(self.device)).backward()
-            grads = [
-                p.grad.double().square().sum() for p in twin.parameters() if p.grad is not None
-            ]
-            norm = float(torch.stack(grads).sum().sqrt())
-            optimiser.step()
-            ends.append({name: p.detach() for name, p in twin.named_parameters()})
-        change = max(float((ends[0][k] - ends[1][k]).abs().max()) for k in ends[0])
-        if norm <= 1e-8:
-            raise RuntimeError(
-                f"the loss has a gradient of norm {norm:.1e} at step 0; it cannot train"
-            )
-        if self.weight_decay and change <= 0:
-            raise RuntimeError(
-                f"weight_decay={self.weight_decay} changes no parameter; it is inert"
-            )
-        return {"gradient_norm": norm, "weight_decay_change": change}
+        return arms.prove(self)
 
     # ------------------------------------------------------------------ what recorders see
 
     @torch.no_grad()
     def probe_accuracy(self) -> float:
         """Accuracy on the probe, a fixed part of the held-out pairs."""
+        if self.shared is not None:
+            return self.shared.probe_accuracy()
         probe = self.task.probe.to(self.device)
         hits = self.model.logits(probe).argmax(dim=-1) == probe.answer
         return float(hits.double().mean())
 
+    def grid_logits(self) -> Float[Tensor, "p p d_vocab"]:
+        """Logits at '=' of every pair, by a and b."""
+        return self.model.grid_logits() if self.shared is None else self.shared.grid_logits()
+
     @torch.no_grad()
     def snapshots(self, hooks: Sequence[str], *, full: bool) -> Iterator[Snapshot]:
         """Train and test pairs; with `full` also the probe, the whole grid and the weights."""
-        grid = self.model.grid_logits()
+        grid = self.grid_logits()
         weights = self.model.weights()
         for split, pairs in (("train", self.task.train), ("test", self.task.test)):
             yield self._logits_snapshot(split, pairs.to(self.device), grid)
@@ -284,7 +376,7 @@ class Grokking(L.LightningModule):
     def test_step(self, batch: Pairs, batch_idx: int) -> dict[str, Any]:
         """The held-out pairs under the final weights, for the table of single examples."""
         del batch_idx
-        return {"snapshot": self._logits_snapshot("test", batch, self.model.grid_logits())}
+        return {"snapshot": self._logits_snapshot("test", batch, self.grid_logits())}
 
     def data(self) -> dict[str, Any]:
         """Which pairs the run used, so that two runs can prove that theirs were the same."""

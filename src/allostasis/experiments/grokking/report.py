@@ -2,7 +2,7 @@
 
 An experiment's `report.py` offers two functions, `figures(arms)` and `tables(arms)`; the report
 finds it beside the module that the records' config names. Arms hold finished runs only, one arm a
-condition.
+condition. `cells(arms)` gets all arms, for a factorial.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
+from allostasis.analysis import factorial, outcomes
 from allostasis.analysis import figures as draw
-from allostasis.analysis import outcomes
 from allostasis.analysis import statistics as st
 from allostasis.analysis.aggregate import Arm
 from allostasis.analysis.canvas import Figure, Quantity
@@ -43,11 +43,21 @@ TERMS = (
     Quantity("log_margin.alignment", "log alignment (G)", "train"),
     Quantity("log_margin", "log margin (Psi), their sum", "train"),
 )
+MECHANISM = {
+    "test accuracy": ("accuracy", "test"),
+    "restricted loss": ("restricted_loss", "all"),
+    "random frequencies": ("restricted_loss.null_mean", "all"),
+    "excluded loss": ("excluded_loss", "all"),
+}
+FIRST = ("high_wd", "no_wd", "muon", "sgdm", "mse", "stablemax")
+"""Arms that come first, and that figures with a panel an arm show."""
 POWER = Quantity("fourier_power", "power of W_E, param")
 
 
 def figures(arms: Sequence[Arm]) -> list[Figure]:
     """Figures of the study, in the report's order."""
+    every = ordered(arms)
+    arms = [arm for arm in every if arm.condition in FIRST] or every[: len(FIRST)]
     return [
         Figure(
             "figure_3_phase_diagram",
@@ -74,13 +84,13 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "survival",
             "Share of seeds that have not generalised",
             "Kaplan-Meier with log-log Greenwood bands; seeds that end before T_grok are censored.",
-            partial(outcomes.survival, arms, "t_grok", "95 % test accuracy"),
+            partial(outcomes.survival, every, "t_grok", "95 % test accuracy"),
         ),
         Figure(
             "t_grok",
             "Time to grok",
             "One point a seed. A box is drawn for five seeds or more of which none is censored.",
-            partial(outcomes.event_times, arms, "t_grok", "T_grok"),
+            partial(outcomes.event_times, every, "t_grok", "T_grok"),
         ),
         Figure(
             "head_norms",
@@ -99,11 +109,63 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
     ]
 
 
+def ordered(arms: Sequence[Arm]) -> list[Arm]:
+    """Arms as the report shows them: those of `FIRST` in its order, then the others."""
+    places = {condition: place for place, condition in enumerate(FIRST)}
+    return sorted(arms, key=lambda arm: places.get(arm.condition, len(FIRST)))
+
+
+def cells(arms: Sequence[Arm]) -> list[Figure]:
+    """Figures of the factorial of norm and temperature, where it was run."""
+    name = "norm_temperature"
+    if not any(arm.condition == name and arm.runs for arm in arms):
+        return []
+    return [
+        Figure(
+            "norm_temperature",
+            "Time to grok by norm and temperature",
+            "Rows: the norm of all parameters, held at this multiple of what the same seed had at "
+            "t_grok of high_wd. Columns: what logits are divided by in the loss. Kaplan-Meier "
+            "median; hatched where at most half of the seeds grokked.",
+            partial(
+                factorial.heat_map, arms, name, "t_grok",
+                rows="module.norm_clamp", columns="module.temperature",
+            ),
+        ),
+        Figure(
+            "mediation",
+            "Delay against logit scale and against norm",
+            "Both at memorisation; the logit scale over the temperature, as the loss sees it.",
+            partial(factorial.mediation, arms, name),
+        ),
+    ]  # fmt: skip
+
+
+def endpoint_table(arms: Sequence[Arm]) -> Table:
+    """Which algorithm each run ended in: its key frequencies, and what rests on them."""
+    rows = []
+    for arm in arms:
+        for run in arm.runs:
+            named = run.summary.get("key_frequencies")
+            count = str(len(named)) if isinstance(named, list) else "not recorded"
+            found = [_last(run, metric, split) for metric, split in MECHANISM.values()]
+            rows.append((arm.condition, str(run.seed), count, *found))
+    heads = ("condition", "seed", "key frequencies", *MECHANISM)
+    note = (
+        "Last records. Restricted: loss on all pairs from the key frequencies alone, beside the "
+        "mean for as many random ones. Excluded: loss on training pairs without them. A run that "
+        "adds modulo p on its key frequencies has a low restricted and a high excluded loss."
+    )
+    return Table("Which algorithm: ends of runs", heads, tuple(rows), note)
+
+
 def tables(arms: Sequence[Arm]) -> list[Table]:
     """Tables of the study, in the report's order."""
+    arms = ordered(arms)
     made = [
         event_table(arms, ("t_mem", "t_clean", "t_grok", "t_loss")),
         survival_table(arms, "t_grok"),
+        endpoint_table(arms),
     ]
     return [*made, *velocity_tables(arms)]
 
@@ -124,6 +186,13 @@ def velocity_tables(arms: Sequence[Arm]) -> list[Table]:
     )
     heads = ("condition", "seed", "series", "rho", "own p (invalid)", "phase p", "shift p")
     return [Table("Accuracy and A_param seed by seed", heads, tuple(rows), note)] if rows else []
+
+
+def _last(run: RunView, metric: str, split: str) -> str:
+    try:
+        return number(float(run.curve(metric, split=split).values[-1]))
+    except UndefinedError as error:
+        return str(error)
 
 
 def _correlations(run: RunView) -> Iterator[tuple[str, ...]]:
