@@ -150,8 +150,7 @@ def _train(
     L.seed_everything(cfg.seed, verbose=False)
     members: list[Member] = []
     for slot, seat in enumerate(slots):
-        seat.task, seat.module = run.build_all(seat.cfg)
-        seat.module.to(device.torch)
+        seat.task, seat.module = run.build_all(seat.cfg, device)
         if seat.is_done:
             continue
         seat.facts = dict(shared)
