@@ -60,7 +60,7 @@ class FakeTask(Probes):
             examples.append(Example(number, row, split, tokens))
         return Encoded(
             corpus="facts", examples=tuple(examples), sha256="fake", requested=self.n, dropped={},
-            seed=self.seed, frac=1.0, n_reference=8, pool=pool,
+            n_extra=0, seed=self.seed, frac=1.0, n_reference=8, pool=pool,
         )  # fmt: skip
 
 
