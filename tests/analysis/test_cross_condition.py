@@ -17,6 +17,7 @@ from allostasis.analysis import lab_export
 from allostasis.core.records import UNITS_SCHEMA, RunRecord, read_run, write_json, write_table
 
 CONDITIONS = ("facts", "negation", "counterfactual", "logical")
+OTHERS = ("kl_divergence", "flip_rate", "prob_drop")
 HEADS = [(layer, head) for layer in range(2) for head in range(5)]
 
 
@@ -38,9 +39,12 @@ def _run(root: Path, condition: str, *, seed: int = 0, **about: Any) -> RunRecor
         at = {"intervention": key, "scale": 0.0, "layer": layer, "head": head}
         p = float(stats.ttest_1samp(effect, 0).pvalue)
         rows += [
-            {**at, "metric": "logit_diff", "value": (clean + effect).mean(), "delta": effect.mean()},
+            {
+                **at, "metric": "logit_diff", "value": (clean + effect).mean(),
+                "delta": effect.mean(),
+            },
             {**at, "metric": "effect.p", "value": p},
-            *({**at, "metric": m, "value": 0.1} for m in ("kl_divergence", "flip_rate", "prob_drop")),
+            *({**at, "metric": name, "value": 0.1} for name in OTHERS),
         ]  # fmt: skip
         frames.append(pd.DataFrame({
             "example": range(n), "group": groups, "split": "test", "intervention": key,
