@@ -16,14 +16,14 @@ import pytest
 from allostasis.tasks.probes import facts
 from allostasis.tasks.probes.encoded import Encoded
 from allostasis.tasks.probes.generate import FAMILIES, Generated, generate
-from allostasis.tasks.probes.rows import CORPORA, Corpus, Probe
+from allostasis.tasks.probes.rows import CORPORA, Corpus, Probe, data_hash, records
 from allostasis.tasks.probes.splits import assign
 from allostasis.tasks.probes.task import Probes
 
 Askers = Callable[[str], Any]
 TOKENIZERS = (
     "qwen2",  # tiny, word by word
-    "smollm2",
+    pytest.param("smollm2", marks=pytest.mark.slow),
     pytest.param("gemma3_270m", marks=pytest.mark.slow),
     pytest.param("gpt2", marks=pytest.mark.slow),
 )
@@ -205,7 +205,7 @@ def test_no_group_crosses_splits(made: Made, corpus: Corpus, tokenizer: str) -> 
 def test_splits_have_their_shares_of_the_corpus_and_of_every_cell(
     made: Made, corpus: Corpus
 ) -> None:
-    found = made(corpus, "smollm2")
+    found = made(corpus, "qwen2")
     rows = found.rows[: len(found.rows) - found.n_extra]
     splits = assign(rows)
     sizes = Counter(splits[row.id] for row in rows)
@@ -218,7 +218,7 @@ def test_splits_have_their_shares_of_the_corpus_and_of_every_cell(
 
 
 def test_more_rows_of_val_are_of_other_groups_and_in_every_cell(made: Made) -> None:
-    found = made("logical", "smollm2")
+    found = made("logical", "qwen2")
     groups = defaultdict(set)
     for row in found.rows:
         if found.splits[row.id] == "val":
@@ -358,9 +358,9 @@ def test_too_few_references_are_an_error_that_says_so(tokenizer: Any, tmp_path: 
         '{"clean": "The capital of France is", "corrupt": "The capital of Italy is", '
         '"target": " Paris", "foil": " Rome"}\n'
     )
-    task = Probes(seed=0, corpus="facts", file=str(path))
+    task = Probes(seed=0, corpus="facts", file=str(path), sha256=data_hash(records(path)))
     made = task.build(tokenizer.encode, tokenizer)
-    assert [e.group for e in made.examples] == ["mine-0000"]
+    assert [e.group for e in made.examples] == ["The capital of France is"]
     with pytest.raises(ValueError, match="only 0 other prompts"):
         made.references(made.examples[0])
 
@@ -372,9 +372,9 @@ def test_answers_of_several_tokens_are_kept_only_for_spans(tokenizer: Any, tmp_p
         '"target": " Paris city", "foil": " Rome"}\n'
     )
     build = [
-        Probes(seed=0, corpus="facts", file=str(path), spans=spans).build(
-            tokenizer.encode, tokenizer
-        )
+        Probes(
+            seed=0, corpus="facts", file=str(path), sha256=data_hash(records(path)), spans=spans
+        ).build(tokenizer.encode, tokenizer)
         for spans in (False, True)
     ]
     assert (len(build[0].examples), build[0].dropped) == (0, {"multi_token_target": 1})
