@@ -42,6 +42,8 @@ SHORT = {
         "task.n_contexts=4",
         "task.n_calibration=8000",
     ],
+    "heads_zero": ["model=tiny", "model.arch=llama", "module.layers=1", "module.verify.units=1"],
+    "heads_pairs": ["model=tiny", "model.arch=gpt2", "module.verify.units=0"],
     "ioi": ["model=tiny", "model.arch=qwen2", "module.heads=['1.0','2.1']"],
 }
 ARMS = [

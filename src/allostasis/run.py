@@ -22,6 +22,7 @@ from allostasis.analysis import claims
 from allostasis.callbacks import loggers
 from allostasis.callbacks.cadence import Plan
 from allostasis.callbacks.checkpoints import Checkpoints
+from allostasis.callbacks.profile import sampled
 from allostasis.callbacks.progress import Progress
 from allostasis.callbacks.recorder import Identity, Recorder
 from allostasis.callbacks.tables import Tables
@@ -73,7 +74,7 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
             logger = loggers.build(cfg.logger, identity=identity, folder=folder)
             # NumPy's own BLAS threads would spin against torch's for the same cores
             with threadpool_limits(1, user_api="blas"):
-                facts, status = _work(cfg, folder, file, identity, logger, earlier)
+                status = _work(cfg, folder, file, identity, logger, earlier, facts)
         except Interrupted as exception:
             status, error = "interrupted", exception
             raise
@@ -119,14 +120,17 @@ def open_run(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) 
 
 
 def read_first(cfg: DictConfig, folder: Path) -> dict[str, RunRecord]:
-    """The finished runs of other arms that this one reads; those that are missing are made.
+    """The finished runs of other arms or experiments that this one reads; the missing are made.
 
     This run is built once before, so that what is wrong with it is told before others are made.
     """
-    conditions = cfg.module.get("reads") or []
-    if conditions:
+    conditions, exp = cfg.module.get("reads") or [], cfg.module.get("top_k_from")
+    if conditions or exp:
         build_all(cfg, devices.resolve(cfg.device))
-    return {c: locate.finished(cfg, c, run, beside=folder) for c in conditions}
+    found = {c: locate.finished(cfg, c, run, beside=folder) for c in conditions}
+    if exp:
+        found[exp] = locate.finished(cfg, cfg.condition, run, beside=folder, exp=exp)
+    return found
 
 
 def _work(
@@ -136,10 +140,11 @@ def _work(
     identity: Identity,
     logger: Any,
     earlier: dict[str, RunRecord],
-) -> tuple[dict[str, Any], Status]:
-    """Build everything, train and test, close the tables."""
+    facts: dict[str, Any],
+) -> Status:
+    """Build everything, train and test, close the tables; `facts` is filled on the way."""
     device = devices.resolve(cfg.device)
-    facts: dict[str, Any] = {"device_resolved": device.name, "device_name": device.model}
+    facts |= {"device_resolved": device.name, "device_name": device.model, "numerics": _numerics()}
     if cfg.gates:
         gates = instrument.run_gates()
         facts["gates"] = {gate.name: vars(gate) | {"passed": gate.passed} for gate in gates}
@@ -149,8 +154,17 @@ def _work(
     if earlier:
         facts |= facts_read(earlier) | module.take(earlier)
     do = _train if "fit" in cfg.stages else _look
-    facts |= do(cfg, folder, identity, device, logger, task, module)
-    return facts, close_records(folder, file, facts, module)
+    do(cfg, folder, identity, device, logger, task, module, facts)
+    return close_records(folder, file, facts, module)
+
+
+def _numerics() -> dict[str, Any]:
+    """Settings of torch that decide the last digits."""
+    return {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def facts_read(earlier: dict[str, RunRecord]) -> dict[str, Any]:
@@ -201,12 +215,16 @@ def _look(
     logger: Any,
     task: L.LightningDataModule,
     module: Any,
-) -> dict[str, Any]:
+    facts: dict[str, Any],
+) -> None:
     """Test a module that trains nothing; it makes its own tables and facts."""
-    facts = {"effect": module.prove_effect()}
+    facts |= {"effect": module.prove_effect()}
     trainer = make_trainer(cfg, folder, device, logger, [Tables(folder=folder, identity=identity)])
-    trainer.test(module, datamodule=task, verbose=False)
-    return {**facts, **module.facts, "metrics": {}, "skipped": {}, "checkpoints": {}}
+    try:
+        with sampled(folder):
+            trainer.test(module, datamodule=task, verbose=False)
+    finally:
+        facts |= {"metrics": {}, "skipped": {}, "checkpoints": {}, **module.facts}
 
 
 def _train(
@@ -217,9 +235,9 @@ def _train(
     logger: Any,
     task: L.LightningDataModule,
     module: Any,
-) -> dict[str, Any]:
+    facts: dict[str, Any],
+) -> None:
     """Train a module, or go on where a resume point says; what is recorded is the Recorder's."""
-    facts: dict[str, Any] = {}
     plan: Plan = build(cfg.metrics)
     recorder = Recorder(
         folder=folder, identity=identity, plan=plan, eval_every=cfg.module.eval_every
@@ -237,7 +255,6 @@ def _train(
 
     facts |= recorder.close()
     facts["checkpoints"] = {str(step): sha for step, sha in sorted(checkpoints.sha256.items())}
-    return facts
 
 
 def make_trainer(

@@ -363,7 +363,7 @@ class Recorder(Callback):
             paths += [extra] if kind == "metrics" and extra.is_file() else []
             write_table(self.folder / f"{kind}.parquet", concatenate(paths, schema), schema)
         return {
-            "metrics": {name: _describe(metric) for name, metric in self.metrics.items()},
+            "metrics": {name: describe(metric) for name, metric in self.metrics.items()},
             "skipped": {name: dict(counts) for name, counts in sorted(self.skipped.items())},
         }
 
@@ -372,6 +372,8 @@ def _provides(snapshot: Snapshot) -> set[str]:
     fields = {
         "logits": snapshot.logits is not None,
         "labels": snapshot.labels is not None,
+        "foils": snapshot.foils is not None,
+        "clean_logits": snapshot.clean_logits is not None,
         "classes": snapshot.classes is not None,
         "params": snapshot.weights is not None,
         "before": bool(snapshot.before),
@@ -396,7 +398,8 @@ def _bare(need: str) -> str:
     return need.removeprefix("earlier.").removeprefix("initial.")
 
 
-def _describe(metric: Metric) -> dict[str, Any]:
+def describe(metric: Metric | type[Metric]) -> dict[str, Any]:
+    """What run.json says of a metric."""
     keys = ("symbol", "unit", "source", "functional", "direction", "audit_key")
     return {key: getattr(metric, key) for key in keys}
 

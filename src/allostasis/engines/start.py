@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from allostasis.engines.keys import CleanKeys
 from allostasis.engines.prompts import Group
 from allostasis.interventions.ablate import Unit
-from allostasis.models.blocks import Capture, Decoder
+from allostasis.models.blocks import Call, Capture, Decoder
 
 
 class Start:
@@ -29,6 +30,8 @@ class Start:
         which: For each pair, its unit.
         kind: For each pair, its row of the clean pass.
         source: Gives the values that are put in, by name.
+        keys: Where all units change the last token alone: the clean keys and values, against which
+            that token alone is run.
     """
 
     def __init__(
@@ -41,20 +44,23 @@ class Start:
         which: Int[Tensor, " pair"],
         kind: Int[Tensor, " pair"],
         source: Callable[[str], Capture],
+        keys: CleanKeys | None = None,
     ) -> None:
         self.decoder, self.clean, self.layer = decoder, clean, layer
         self.units, self.which, self.kind, self.source = units, which, kind, source
-        self.last = group.last[kind.to(group.last.device)]
+        self.keys = keys
+        self.last = group.last[kind]
         self.n_positions = group.ids.shape[1]
         runs_attention = any(unit.site == "resid_pre" for unit in units)
-        self.only_last = layer == decoder.n_layers - 1 and not runs_attention
+        is_last = layer == decoder.n_layers - 1 and not runs_attention
+        self.only_last = is_last or keys is not None
 
     def after_block(self) -> Float[Tensor, "pair position d_model"]:
         """The stream behind the block, with every unit's change in it."""
         decoder, layer = self.decoder, self.layer
         pre = self._changed("resid_pre", self._rows(self.clean.resid_pre[layer]), "resid_pre")
         if any(unit.site == "resid_pre" for unit in self.units):
-            attn_out = decoder.attention(layer, pre, self.clean.calls[layer].rows(self.kind))
+            attn_out = decoder.attention(layer, pre, self.call(layer))
         else:
             attn_out = self._rows(self.clean.attn_out[layer])
         attn_out = self._with_heads(attn_out)
@@ -65,13 +71,20 @@ class Start:
         mlp = decoder.mlp_write(layer, pre if decoder.is_parallel else mid)
         post = self._changed("mlp_out", mlp, "mlp_write") + mid
         after = self._changed("resid_post", post, "resid_pre", later=1)
-        is_last = layer == decoder.n_layers - 1
-        return self.at_last(after) if is_last and not self.only_last else after
+        return self.at_last(after) if layer == decoder.n_layers - 1 else after
+
+    def call(self, layer: int) -> Call:
+        """Arguments with which a layer's attention takes the pairs' stream."""
+        if self.keys is not None:
+            return self.keys.call(layer, self.kind)
+        return self.clean.calls[layer].rows(self.kind)
 
     def at_last(
         self, stream: Float[Tensor, "pair position d_model"]
     ) -> Float[Tensor, "pair 1 d_model"]:
         """The last real token alone."""
+        if stream.shape[1] == 1:
+            return stream
         return stream[torch.arange(len(stream), device=stream.device), self.last][:, None]
 
     @contextmanager
@@ -91,9 +104,9 @@ class Start:
 
         def change(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
             z = args[0].unflatten(-1, (self.decoder.n_heads, -1)).clone()
-            source = None if unit.source is None else self.source(unit.source).z[layer]
+            source = None if unit.source is None else self._rows(self.source(unit.source).z[layer])
             for head in unit.heads(layer):
-                there = None if source is None else source[self.kind, :, head]
+                there = None if source is None else source[:, :, head]
                 z[:, :, head] = self._where(unit, z[:, :, head], there)
             return (z.flatten(-2),)
 
@@ -101,10 +114,9 @@ class Start:
 
     def _rows(self, stream: Float[Tensor, "kind position *rest"]) -> Tensor:
         """A clean stream's rows for the pairs; the last real token of each where that is enough."""
-        kind = self.kind.to(stream.device)
         if self.only_last:
-            return stream[kind, self.last][:, None]
-        return stream[kind]
+            return stream[self.kind, self.last][:, None]
+        return stream[self.kind]
 
     def _with_heads(
         self, attn_out: Float[Tensor, "pair position d_model"]
@@ -112,6 +124,29 @@ class Start:
         if all(unit.site != "z" for unit in self.units):
             return attn_out
         clean = self._rows(self.clean.z[self.layer])
+        if all(unit.is_scaled_throughout for unit in self.units) or self._is_scaled_at_last:
+            change = clean * (self._factors(clean) - 1)
+        else:
+            change = self._change(clean)
+        return attn_out + change.flatten(-2) @ self.decoder.W_O(self.layer).flatten(0, 1)
+
+    @property
+    def _is_scaled_at_last(self) -> bool:
+        return self.keys is not None and all(unit.op == "scale" for unit in self.units)
+
+    def _factors(
+        self, like: Float[Tensor, "pair position head d_head"]
+    ) -> Float[Tensor, "pair 1 head 1"]:
+        """By what each head is multiplied: in one table, so that no unit waits for another."""
+        table = torch.ones(len(self.units), self.decoder.n_heads)
+        for index, unit in enumerate(self.units):
+            table[index, unit.heads(self.layer)] = unit.scale
+        return table.to(like)[self.which][:, None, :, None]
+
+    def _change(
+        self, clean: Float[Tensor, "pair position head d_head"]
+    ) -> Float[Tensor, "pair position head d_head"]:
+        """What is added to the heads' outputs, unit by unit."""
         change = torch.zeros_like(clean)
         for index, unit in enumerate(self.units):
             chosen = self.which == index
@@ -122,7 +157,7 @@ class Start:
                 now = clean[chosen, :, head]
                 there = None if source is None else source[:, :, head]
                 change[chosen, :, head] = self._where(unit, now, there, chosen) - now
-        return attn_out + change.flatten(-2) @ self.decoder.W_O(self.layer).flatten(0, 1)
+        return change
 
     def _changed(
         self, site: str, now: Float[Tensor, "pair position d_model"], name: str, later: int = 0
@@ -159,7 +194,7 @@ class Start:
     ) -> Tensor:
         """The unit's value at its positions, what is there now at the others."""
         value = unit.value(now, source)
-        last = self.last if chosen is None else self.last[chosen.to(self.last.device)]
+        last = self.last if chosen is None else self.last[chosen]
         mask = unit.mask(last, self.n_positions)
         if mask is None:
             return value

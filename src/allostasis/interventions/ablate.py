@@ -70,6 +70,11 @@ class Unit:
         return tuple(sorted({layer for layer, _ in self.members}))
 
     @property
+    def is_scaled_throughout(self) -> bool:
+        """Whether heads are multiplied at all positions, and no other run is needed."""
+        return self.site == "z" and self.op == "scale" and self.positions == "all"
+
+    @property
     def source(self) -> str | None:
         """The name of the run whose values are put in, or None where the unit needs none."""
         if self.op == "scale":
