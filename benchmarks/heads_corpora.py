@@ -69,7 +69,7 @@ def main() -> int:
         ids, mask, at = (tensor.to(options.device) for tensor in (ids, mask, at))
 
         @torch.no_grad()
-        def peer(ids=ids, mask=mask, at=at, target=target, foil=foil, *, lean: bool):  # noqa: ANN
+        def peer(ids=ids, mask=mask, at=at, target=target, foil=foil, *, lean: bool):
             found = []
             start = time.perf_counter()
             row = torch.arange(len(ids), device=ids.device)
