@@ -105,7 +105,12 @@ def main() -> int:
         module, twin = fresh(), Twin()
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            plan = Plan(record=["*"], evaluate=["accuracy", "cross_entropy"], low=low, high=high)
+            plan = Plan(
+                record=["*", "!trajectory_*"],
+                evaluate=["accuracy", "cross_entropy"],
+                low=low,
+                high=high,
+            )
             recorder = Recorder(
                 folder=folder, identity=identity, plan=plan, eval_every=module.eval_every
             )

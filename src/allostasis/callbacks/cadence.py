@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
@@ -77,7 +78,8 @@ class Plan:
     """What a run records and how often: the config group `metrics`.
 
     Args:
-        record: Names of metrics to record, or patterns such as `amplitude_*`.
+        record: Names of metrics to record, or patterns such as `amplitude_*`; what a pattern that
+            begins with `!` matches is left out.
         evaluate: Metrics read at every evaluation, whatever the cadence.
         low: Lower edge of the band of held-out accuracy in which recording is dense.
         high: Upper edge of that band.
@@ -116,3 +118,15 @@ class Plan:
             sparse_every=sparse_every,
             hysteresis=hysteresis,
         )
+
+    def has(self, metric: str) -> bool:
+        """Whether a metric of this name is to be recorded.
+
+        Example:
+            >>> plan = Plan(record=["*", "!margin*"], evaluate=[])
+            >>> plan.has("accuracy"), plan.has("margin_loss")
+            (True, False)
+        """
+        refused = [pattern[1:] for pattern in self.record if pattern.startswith("!")]
+        is_refused = any(fnmatch(metric, pattern) for pattern in refused)
+        return not is_refused and any(fnmatch(metric, pattern) for pattern in self.record)

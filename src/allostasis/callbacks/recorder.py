@@ -112,14 +112,14 @@ class Recorder(Callback):
             return
         known = discover()
         for pattern in self.plan.record:
-            if not fnmatch.filter(known, pattern):
+            if not fnmatch.filter(known, pattern.removeprefix("!")):
                 raise ValueError(
                     f"metrics.record: no metric is called '{pattern}'; there are {', '.join(known)}"
                 )
         hookable = tuple(pl_module.model.hook_dict)
         hooks: set[str] = set()
         for name, cls in known.items():
-            if not any(fnmatch.fnmatch(name, pattern) for pattern in self.plan.record):
+            if not self.plan.has(name):
                 continue
             wanted = {need for need in cls.needs if "hook_" in need}
             offered = pl_module.offers | pl_module.hindsight
