@@ -20,6 +20,10 @@ KL(clean || changed) over the vocabulary, nats. entropy: nats. rank_target: how 
 larger logit. pred_id: the token with the largest one.
 """
 
+CLOSENESS = "kl_source"
+"""KL(source || changed), nats: how far the output still is from that of the run that values come
+from; read where that run is given."""
+
 LOGITS = 2**25
 """How many logits are held at once."""
 
@@ -32,6 +36,7 @@ class Reader:
         group: Prompts and answers.
         names: Which of `READOUTS`.
         clean_end: The untouched model's streams, against which `kl` is taken.
+        source_end: Those of the run that values come from, for `kl_source`; None reads none.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class Reader:
         names: Sequence[str],
         *,
         clean_end: Float[Tensor, "kind d_model"],
+        source_end: Float[Tensor, "kind d_model"] | None = None,
     ) -> None:
         self.decoder, self.group, self.names = decoder, group, names
         apart = decoder.W_U[:, group.target].float() - decoder.W_U[:, group.foil].float()
@@ -48,7 +54,7 @@ class Reader:
         if decoder.unembed_bias is not None:
             bias = decoder.unembed_bias.float()
             self.bias = bias[group.target] - bias[group.foil]
-        self.clean_end = clean_end
+        self.clean_end, self.source_end = clean_end, source_end
 
     def read(
         self, end: Float[Tensor, "kind d_model"], *, only: Sequence[str] | None = None
@@ -71,7 +77,11 @@ class Reader:
         target, foil = self.group.target[piece, None], self.group.foil[piece, None]
         own = logp.gather(1, target)
         p = logp.exp()
-        return {
+        closeness = {}
+        if self.source_end is not None:
+            source = self._logp(self.source_end[kind])
+            closeness[CLOSENESS] = torch.linalg.vecdot(source.exp(), source - logp).clamp(min=0)
+        return closeness | {
             "logp_target": own[:, 0],
             "logp_foil": logp.gather(1, foil)[:, 0],
             "kl": torch.linalg.vecdot(clean.exp(), clean - logp).clamp(min=0),

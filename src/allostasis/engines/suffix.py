@@ -22,10 +22,11 @@ from torch import Tensor
 
 from allostasis.engines.budget import Budget
 from allostasis.engines.parts import Parts
-from allostasis.engines.prompts import Group, Pad, Prompt, Rows, group_rows
-from allostasis.engines.readouts import READOUTS, Reader
+from allostasis.engines.prompts import Group, Pad, Places, Prompt, Rows, group_rows
+from allostasis.engines.readouts import CLOSENESS, READOUTS, Reader
 from allostasis.engines.start import Start
 from allostasis.interventions.ablate import Unit
+from allostasis.interventions.latent import Latents
 from allostasis.models.blocks import Capture, Decoder
 
 SHAM = 1e-5
@@ -82,12 +83,14 @@ class Swept:
         units: In the order given.
         values: By readout, one row a unit and one column a prompt.
         clean: The same of the untouched model, one number a prompt.
+        source: The same of the run that values come from, where `closeness` names one.
         profile: What it cost.
     """
 
     units: tuple[Unit, ...]
     values: dict[str, np.ndarray]
     clean: dict[str, np.ndarray]
+    source: dict[str, np.ndarray]
     profile: Profile
 
 
@@ -98,6 +101,9 @@ def sweep(
     units: Sequence[Unit],
     *,
     sources: Mapping[str, Sequence[Sequence[Prompt]]] | None = None,
+    roles: Mapping[str, Sequence[Places]] | None = None,
+    latents: Sequence[Latents] = (),
+    closeness: str | None = None,
     full: bool = True,
     pad: Pad = "none",
     precision: Precision = "fp32",
@@ -113,6 +119,11 @@ def sweep(
         units: What to do to it, one at a time.
         sources: For each `Unit.source`, for each row, the prompts (of that row's length) whose mean
             activations are put in; one prompt for `resample` and `patch`.
+        roles: For each ROLE of units at `aligned:ROLE`, the positions of each row that have it,
+            with where they are in the row's source.
+        latents: Dictionaries for units at `sae_latent`, at most one a layer.
+        closeness: A source, of one prompt a row: its output is read too, and `kl_source` says how
+            far from it each unit's output still is.
         full: Whether to read all of `READOUTS`; otherwise `ld` alone, which needs two columns of
             the unembedding.
         pad: `none` runs prompts of one length together; `left` and `right` mix lengths.
@@ -132,18 +143,21 @@ def sweep(
     """
     begun = time.perf_counter()
     names = READOUTS if full else READOUTS[:1]
-    sources = sources or {}
-    check_units(decoder, units, sources)
+    names += (CLOSENESS,) if full and closeness is not None else ()
+    sources, by_layer = sources or {}, {dictionary.layer: dictionary for dictionary in latents}
+    check_units(decoder, units, sources, roles or {}, by_layer)
     budget = budget or Budget.measured(decoder)
-    groups = group_rows(rows, sources, pad, decoder)
+    groups = group_rows(rows, sources, pad, decoder, roles)
     profile = Profile(max_tokens=budget.max_tokens)
     values = {name: np.zeros((len(units), len(rows))) for name in names}
-    clean = {name: np.zeros(len(rows)) for name in names}
+    clean, source = ({name: np.zeros(len(rows)) for name in names} for _ in range(2))
     done = 0
     for number, group in enumerate(groups):
-        run = GroupRun(decoder, group, budget, profile, names)
-        for name, column in run.clean_columns.items():
-            clean[name][group.rows] = column
+        run = GroupRun(decoder, group, budget, profile, names, by_layer, closeness)
+        for name in names:
+            clean[name][group.rows] = run.clean_columns[name]
+            if closeness is not None:
+                source[name][group.rows] = run.source_columns[name]
         for layer in range(decoder.n_layers):
             chosen = [index for index, unit in enumerate(units) if unit.layer == layer]
             if not chosen:
@@ -164,11 +178,15 @@ def sweep(
     profile.max_tokens = budget.max_tokens
     profile.naive_forward_tokens = float(sum(map(len, rows.prompts)) * (len(units) + 1))
     profile.wall_s = time.perf_counter() - begun
-    return Swept(tuple(units), values, clean, profile)
+    return Swept(tuple(units), values, clean, source if closeness is not None else {}, profile)
 
 
 def check_units(
-    decoder: Decoder, units: Sequence[Unit], sources: Mapping[str, Sequence[Sequence[Prompt]]]
+    decoder: Decoder,
+    units: Sequence[Unit],
+    sources: Mapping[str, Sequence[Sequence[Prompt]]],
+    roles: Mapping[str, Sequence[Places]],
+    latents: Mapping[int, Latents],
 ) -> None:
     """Refuse units that the model has no place for, or whose values are not given.
 
@@ -176,16 +194,28 @@ def check_units(
         ValueError: With what was got and what there is.
     """
     for unit in units:
-        for layer, head in unit.members:
+        for layer, index in unit.members:
             if not 0 <= layer < decoder.n_layers:
                 raise ValueError(
                     f"{unit.key}: the model has layers 0 to {decoder.n_layers - 1}, not {layer}"
                 )
-            if head is not None and not 0 <= head < decoder.n_heads:
+            if unit.site == "sae_latent" and layer not in latents:
+                raise ValueError(f"{unit.key}: no dictionary that reads layer {layer} is given")
+            noun, n = "heads", decoder.n_heads
+            if unit.site == "mlp_post":
+                noun, n = "neurons", decoder.W_down(layer).shape[0]
+            if unit.site == "sae_latent":
+                noun, n = "latents", latents[layer].n_latents
+            if index is not None and not 0 <= index < n:
+                hint = "Heads are written LAYER.HEAD, for example 9.6." if noun == "heads" else ""
                 raise ValueError(
-                    f"{unit.key}: layer {layer} has heads 0 to {decoder.n_heads - 1}, not {head}. "
-                    "Heads are written LAYER.HEAD, for example 9.6."
+                    f"{unit.key}: layer {layer} has {noun} 0 to {n - 1}, not {index}. {hint}".strip()
                 )
+        if unit.role is not None and unit.role not in roles:
+            raise ValueError(
+                f"{unit.key}: no positions are given for role '{unit.role}'; given are "
+                f"{', '.join(roles) or 'none'}"
+            )
         if unit.site == "resid_mid" and decoder.is_parallel:
             raise ValueError(
                 f"{unit.key}: attention and MLP of this model read the same stream, so that there "
@@ -208,14 +238,20 @@ class GroupRun:
         budget: Budget,
         profile: Profile,
         names: Sequence[str],
+        latents: Mapping[int, Latents],
+        closeness: str | None,
     ) -> None:
-        self.decoder, self.group = decoder, group
+        self.decoder, self.group, self.latents = decoder, group, latents
         self.budget, self.profile = budget, profile
         self.clean = self._captured(group.ids, group.mask)
         self._sources: dict[str, Capture] = {}
-        end = self.clean.resid_pre[-1][torch.arange(len(group.ids)), group.last]
-        self.reader = Reader(decoder, group, names, clean_end=end)
+        at_end = torch.arange(len(group.ids)), group.last
+        end, there = self.clean.resid_pre[-1][at_end], None
+        if closeness is not None:
+            there = self.source(closeness).resid_pre[-1][at_end]
+        self.reader = Reader(decoder, group, names, clean_end=end, source_end=there)
         self.clean_columns = self.reader.read(end)
+        self.source_columns = {} if there is None else self.reader.read(there)
         self.ends = len(end), end.shape[1]
 
     def layer(self, layer: int, units: Sequence[Unit]) -> dict[str, np.ndarray]:
@@ -242,14 +278,16 @@ class GroupRun:
     ) -> Float[Tensor, "pair d_model"]:
         """The stream at the last real token behind the last block, of (unit, kind) pairs."""
         decoder, which, kind = self.decoder, pairs[:, 0], pairs[:, 1]
-        start = Start(decoder, self.clean, self.group, layer, units, which, kind, self.source)
+        start = Start(
+            decoder, self.clean, self.group, layer, units, which, kind, self.source, self.latents
+        )
         resid = start.after_block()
         with start.later_members():
             for later in range(layer + 1, decoder.n_layers):
                 attn_out = decoder.attention(later, resid, self.clean.calls[later].rows(kind))
                 if later == decoder.n_layers - 1:
                     resid, attn_out = start.at_last(resid), start.at_last(attn_out)
-                resid = decoder.after_attention(later, resid, attn_out)
+                resid = start.after_later_block(later, resid, attn_out)
         self.profile.n_passes += 1
         layers = decoder.n_layers - layer - 1  # the last one, and this one if last, at one token
         tokens = self.group.ids.shape[1] * layers + 1
