@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from allostasis.models.blocks import Decoder
+
+log = logging.getLogger(__name__)
 
 SAFETY = 0.6
 TRIALS = (256, 512, 1024, 2048, 4096, 8192)
@@ -38,6 +41,28 @@ class Budget:
             step = max(1, self.max_tokens // n_positions)
             yield slice(begin, min(begin + step, n_items))
             begin += step
+
+    def run(self, n_items: int, n_positions: int, do: Callable[[slice], None]) -> None:
+        """Do a batch of sequences in slices; where one does not fit, the budget is halved.
+
+        Args:
+            n_items: Sequences.
+            n_positions: Their length.
+            do: Called with each slice, and again with the first half of one that did not fit.
+
+        Raises:
+            MemoryError: A single token is too much.
+        """
+        begin = 0
+        while begin < n_items:
+            piece = next(self.pieces(n_items - begin, n_positions))
+            try:
+                do(slice(begin, begin + piece.stop))
+            except torch.OutOfMemoryError:
+                self.halve()
+                log.warning("out of memory: %s tokens side by side from here on", self.max_tokens)
+                continue
+            begin += piece.stop
 
     def halve(self) -> None:
         """Keep to half of it from now on.

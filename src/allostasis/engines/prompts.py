@@ -17,7 +17,7 @@ from allostasis.models.blocks import Decoder
 Prompt = tuple[int, ...]
 Pad = Literal["none", "left", "right"]
 Places = Sequence[tuple[int, int]]
-"""Positions that have a role in a prompt, each with where it is in the run that values come from."""
+"""Positions that have a role in a prompt, each with where it is in its source."""
 
 
 @dataclass(frozen=True, kw_only=True)

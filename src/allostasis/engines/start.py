@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from allostasis.engines.keys import CleanKeys
 from allostasis.engines.prompts import Group
 from allostasis.interventions.ablate import Unit
 from allostasis.interventions.latent import Latents, with_latents
-from allostasis.models.blocks import Capture, Decoder
+from allostasis.models.blocks import Call, Capture, Decoder
 
 
 class Start:
@@ -31,6 +33,8 @@ class Start:
         kind: For each pair, its row of the clean pass.
         source: Gives the values that are put in, by name.
         latents: Dictionaries by the layer that they read.
+        keys: Where all units change the last token alone: the clean keys and values, against which
+            that token alone is run.
     """
 
     def __init__(
@@ -44,28 +48,39 @@ class Start:
         kind: Int[Tensor, " pair"],
         source: Callable[[str], Capture],
         latents: Mapping[int, Latents],
+        keys: CleanKeys | None = None,
     ) -> None:
         self.decoder, self.clean, self.group, self.layer = decoder, clean, group, layer
         self.which, self.kind, self.source, self.latents = which, kind, source, latents
-        # only the units that are among the pairs, with their rows
-        self.present = [(units[i], which == i) for i in which.unique().tolist()]
-        self.last = group.last[kind.to(group.last.device)]
+        self.units, self.keys = units, keys
+        self.last = group.last[kind]
         self.n_positions = group.ids.shape[1]
         self._neurons: dict[str, Tensor] = {}
-        self.runs_attention = any(self._site(unit) == "resid_pre" for unit, _ in self.present)
-        self.only_last = layer == decoder.n_layers - 1 and not self.runs_attention
+        self.runs_attention = any(self._site(unit) == "resid_pre" for unit in units)
+        is_last = layer == decoder.n_layers - 1 and not self.runs_attention
+        self.only_last = is_last or keys is not None
+
+    @cached_property
+    def present(self) -> list[tuple[Unit, Tensor]]:
+        """The units that are among the pairs, with which pairs are theirs."""
+        return [(self.units[i], self.which == i) for i in self.which.unique().tolist()]
 
     def after_block(self) -> Float[Tensor, "pair position d_model"]:
         """The stream behind the block, with every unit's change in it."""
         decoder, layer = self.decoder, self.layer
         pre = self._changed("resid_pre", self._rows(self.clean.resid_pre[layer]), layer)
         if self.runs_attention:
-            attn_out = decoder.attention(layer, pre, self.clean.calls[layer].rows(self.kind))
+            attn_out = decoder.attention(layer, pre, self.call(layer))
         else:
             attn_out = self._rows(self.clean.attn_out[layer])
         after = self._rest(layer, pre, self._with_heads(attn_out))
-        is_last = layer == decoder.n_layers - 1
-        return self.at_last(after) if is_last and not self.only_last else after
+        return self.at_last(after) if layer == decoder.n_layers - 1 else after
+
+    def call(self, layer: int) -> Call:
+        """Arguments with which a layer's attention takes the pairs' stream."""
+        if self.keys is not None:
+            return self.keys.call(layer, self.kind)
+        return self.clean.calls[layer].rows(self.kind)
 
     def after_later_block(
         self,
@@ -80,7 +95,7 @@ class Start:
             resid: The stream before it.
             attn_out: What its attention gives.
         """
-        if any(layer in unit.layers for unit, _ in self.present):
+        if any(layer in unit.layers for unit in self.units):
             return self._rest(layer, resid, attn_out)
         return self.decoder.after_attention(layer, resid, attn_out)
 
@@ -94,7 +109,7 @@ class Start:
         return self._changed("resid_post", self._changed("mlp_out", mlp, layer) + mid, layer)
 
     def _mlp_write(self, layer: int, read: Tensor) -> Tensor:
-        if all(unit.site != "mlp_post" for unit, _ in self.present):
+        if all(unit.site != "mlp_post" for unit in self.units):
             return self.decoder.mlp_write(layer, read)
         neurons = self.decoder.mlp_post(layer, read)
         return self.decoder.mlp_write_of(layer, self._changed("mlp_post", neurons, layer))
@@ -103,12 +118,14 @@ class Start:
         self, stream: Float[Tensor, "pair position d_model"]
     ) -> Float[Tensor, "pair 1 d_model"]:
         """The last real token alone."""
+        if stream.shape[1] == 1:
+            return stream
         return stream[torch.arange(len(stream), device=stream.device), self.last][:, None]
 
     @contextmanager
     def later_members(self) -> Iterator[None]:
         """Change heads of later layers while the model's own modules run there."""
-        heads = [unit for unit, _ in self.present if unit.site == "z"]
+        heads = [unit for unit in self.units if unit.site == "z"]
         later = {layer for unit in heads for layer in unit.layers if layer > self.layer}
         with ExitStack() as hooks:
             for layer in sorted(later):
@@ -123,7 +140,7 @@ class Start:
 
         def change(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
             z = args[0].unflatten(-1, (self.decoder.n_heads, -1)).clone()
-            there = self._source(unit, layer, every, only_last=False)
+            there = self._source(unit, layer, every, only_last=z.shape[1] < self.n_positions)
             for head in unit.heads(layer):
                 value = None if there is None else there[:, :, head]
                 z[:, :, head] = self._where(unit, z[:, :, head], value, every)
@@ -133,17 +150,40 @@ class Start:
 
     def _rows(self, stream: Float[Tensor, "kind position *rest"]) -> Tensor:
         """A clean stream's rows for the pairs; the last real token of each where that is enough."""
-        kind = self.kind.to(stream.device)
         if self.only_last:
-            return stream[kind, self.last][:, None]
-        return stream[kind]
+            return stream[self.kind, self.last][:, None]
+        return stream[self.kind]
 
     def _with_heads(
         self, attn_out: Float[Tensor, "pair position d_model"]
     ) -> Float[Tensor, "pair position d_model"]:
-        if all(unit.site != "z" for unit, _ in self.present):
+        if all(unit.site != "z" for unit in self.units):
             return attn_out
         clean = self._rows(self.clean.z[self.layer])
+        if all(unit.is_scaled_throughout for unit in self.units) or self._is_scaled_at_last:
+            change = clean * (self._factors(clean) - 1)
+        else:
+            change = self._change(clean)
+        return attn_out + change.flatten(-2) @ self.decoder.W_O(self.layer).flatten(0, 1)
+
+    @property
+    def _is_scaled_at_last(self) -> bool:
+        units = self.units
+        return self.keys is not None and all(u.op == "scale" and u.site == "z" for u in units)
+
+    def _factors(
+        self, like: Float[Tensor, "pair position head d_head"]
+    ) -> Float[Tensor, "pair 1 head 1"]:
+        """By what each head is multiplied: in one table, so that no unit waits for another."""
+        table = torch.ones(len(self.units), self.decoder.n_heads)
+        for index, unit in enumerate(self.units):
+            table[index, unit.heads(self.layer)] = unit.scale
+        return table.to(like)[self.which][:, None, :, None]
+
+    def _change(
+        self, clean: Float[Tensor, "pair position head d_head"]
+    ) -> Float[Tensor, "pair position head d_head"]:
+        """What is added to the heads' outputs, unit by unit."""
         change = torch.zeros_like(clean)
         for unit, chosen in self.present:
             if unit.site != "z":
@@ -153,7 +193,7 @@ class Start:
                 now = clean[chosen, :, head]
                 value = None if there is None else there[:, :, head]
                 change[chosen, :, head] = self._where(unit, now, value, chosen) - now
-        return attn_out + change.flatten(-2) @ self.decoder.W_O(self.layer).flatten(0, 1)
+        return change
 
     def _site(self, unit: Unit) -> str:
         """Where a unit acts; latents act on what their dictionary reads."""
@@ -163,15 +203,12 @@ class Start:
         self, site: str, now: Float[Tensor, "pair position width"], layer: int
     ) -> Float[Tensor, "pair position width"]:
         """An activation of a layer with the changes of the units at a site."""
-        here = [
-            (unit, chosen)
-            for unit, chosen in self.present
-            if layer in unit.layers and self._site(unit) == site
-        ]
-        if not here:
+        if all(layer not in u.layers or self._site(u) != site for u in self.units):
             return now
         now, is_cut = now.clone(), now.shape[1] < self.n_positions
-        for unit, chosen in here:
+        for unit, chosen in self.present:
+            if layer not in unit.layers or self._site(unit) != site:
+                continue
             there = self._source(unit, layer, chosen, only_last=is_cut)
             within = unit.heads(layer) if site == "mlp_post" else []
             if within:  # some of the neurons
@@ -195,14 +232,11 @@ class Start:
         if unit.source is None:
             return None
         stream = self._stream(unit.source, unit.site, layer)
-        kind = self.kind[chosen].to(stream.device)
+        kind, last = self.kind[chosen], self.last[chosen]
         if unit.role is None:
-            if only_last:
-                return stream[kind, self.last[chosen.to(self.last.device)]][:, None]
-            return stream[kind]
+            return stream[kind, last][:, None] if only_last else stream[kind]
         place = self.group.aligned[unit.role][kind].clamp(min=0)
         if only_last:
-            last = self.last[chosen.to(self.last.device)]
             place = place[torch.arange(len(place), device=place.device), last][:, None]
         return stream[kind[:, None], place]
 
@@ -226,12 +260,11 @@ class Start:
             value = with_latents(self.latents[unit.layer], now, unit)
         else:
             value = unit.value(now, source)
-        last = self.last[chosen.to(self.last.device)]
+        last = self.last[chosen]
         if unit.role is None:
             mask = unit.mask(last, self.n_positions)
         else:
-            kind = self.kind[chosen].to(last.device)
-            mask = self.group.aligned[unit.role][kind] >= 0
+            mask = self.group.aligned[unit.role][self.kind[chosen]] >= 0
         if mask is None:
             return value
         if now.shape[1] < self.n_positions:  # only the last real token is here

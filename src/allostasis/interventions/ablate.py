@@ -67,12 +67,12 @@ class Unit:
             raise ValueError(f"op {self.op} with donor={self.donor}: only resample has donors")
         if self.op in {"set", "reconstruct"} and self.site != "sae_latent":
             raise ValueError(f"op {self.op} is for site sae_latent, not {self.site}")
-        if isinstance(self.positions, str) and self.role is None:
-            if self.positions not in {"all", "last"}:
-                raise ValueError(
-                    f"positions '{self.positions}': allowed are all, last, {ALIGNED}ROLE and token "
-                    "indices"
-                )
+        is_word = isinstance(self.positions, str) and self.role is None
+        if is_word and self.positions not in {"all", "last"}:
+            raise ValueError(
+                f"positions '{self.positions}': allowed are all, last, {ALIGNED}ROLE and token "
+                "indices"
+            )
 
     def _check_members(self, within: list[int | None]) -> None:
         """Refuse members that the site does not have."""
@@ -110,6 +110,11 @@ class Unit:
     def layers(self) -> tuple[int, ...]:
         """The layers that are changed, in order."""
         return tuple(sorted({layer for layer, _ in self.members}))
+
+    @property
+    def is_scaled_throughout(self) -> bool:
+        """Whether heads are multiplied at all positions, and no other run is needed."""
+        return self.site == "z" and self.op == "scale" and self.positions == "all"
 
     @property
     def source(self) -> str | None:

@@ -7,7 +7,7 @@ is computed anew. What tells architectures apart is which of a block's modules p
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -215,6 +215,13 @@ class Capture:
             layers = zip(*(getattr(piece, name) for piece in pieces), strict=True)
             getattr(whole, name).extend(torch.cat(layer) for layer in layers)
         return whole
+
+    def only(self, names: Collection[str]) -> Capture:
+        """The same without streams that nobody asks for; calls stay."""
+        lean = Capture(calls=self.calls)
+        for name in names:
+            getattr(lean, name).extend(getattr(self, name))
+        return lean
 
     def mixed(self, weights: Float[Tensor, "out row"]) -> Capture:
         """Weighted sums over rows, place by place; they have no calls."""
