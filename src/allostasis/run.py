@@ -22,6 +22,7 @@ from allostasis.analysis import claims
 from allostasis.callbacks import loggers
 from allostasis.callbacks.cadence import Plan
 from allostasis.callbacks.checkpoints import Checkpoints
+from allostasis.callbacks.profile import sampled
 from allostasis.callbacks.progress import Progress
 from allostasis.callbacks.recorder import Identity, Recorder
 from allostasis.callbacks.tables import Tables
@@ -69,7 +70,7 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
             logger = loggers.build(cfg.logger, identity=identity, folder=folder)
             # NumPy's own BLAS threads would spin against torch's for the same cores
             with threadpool_limits(1, user_api="blas"):
-                facts, status = _work(cfg, folder, file, identity, logger, earlier)
+                status = _work(cfg, folder, file, identity, logger, earlier, facts)
         except Interrupted as exception:
             status, error = "interrupted", exception
             raise
@@ -132,10 +133,11 @@ def _work(
     identity: Identity,
     logger: Any,
     earlier: dict[str, RunRecord],
-) -> tuple[dict[str, Any], Status]:
-    """Build everything, train and test, close the tables."""
+    facts: dict[str, Any],
+) -> Status:
+    """Build everything, train and test, close the tables; `facts` is filled on the way."""
     device = devices.resolve(cfg.device)
-    facts: dict[str, Any] = {"device_resolved": device.name, "device_name": device.model}
+    facts |= {"device_resolved": device.name, "device_name": device.model}
     if cfg.gates:
         gates = instrument.run_gates()
         facts["gates"] = {gate.name: vars(gate) | {"passed": gate.passed} for gate in gates}
@@ -149,7 +151,7 @@ def _work(
         }
         facts |= module.take(earlier)
     do = _train if "fit" in cfg.stages else _look
-    facts |= do(cfg, folder, identity, device, logger, task, module)
+    do(cfg, folder, identity, device, logger, task, module, facts)
     facts["summary"] = module.summary()
     facts["data"] = module.data()
     record = read_run(folder)
@@ -159,7 +161,7 @@ def _work(
     shutil.rmtree(folder / "parts", ignore_errors=True)
     verified = all(gate["passed"] for gate in facts.get("gates", {}).values())
     verified = verified and facts.get("verify", {}).get("passed", True)
-    return facts, "done" if verified else "failed_verification"
+    return "done" if verified else "failed_verification"
 
 
 def _build_all(cfg: DictConfig) -> tuple[Any, Any]:
@@ -184,12 +186,16 @@ def _look(
     logger: Any,
     task: L.LightningDataModule,
     module: Any,
-) -> dict[str, Any]:
+    facts: dict[str, Any],
+) -> None:
     """Test a module that trains nothing; it makes its own tables and facts."""
-    facts = {"effect": module.to(device.torch).prove_effect()}
+    facts |= {"effect": module.to(device.torch).prove_effect()}
     trainer = _trainer(cfg, folder, device, logger, [Tables(folder=folder, identity=identity)])
-    trainer.test(module, datamodule=task, verbose=False)
-    return {**facts, **module.facts, "metrics": {}, "skipped": {}, "checkpoints": {}}
+    try:
+        with sampled(folder):
+            trainer.test(module, datamodule=task, verbose=False)
+    finally:
+        facts |= {**module.facts, "metrics": {}, "skipped": {}, "checkpoints": {}}
 
 
 def _train(
@@ -200,9 +206,9 @@ def _train(
     logger: Any,
     task: L.LightningDataModule,
     module: Any,
-) -> dict[str, Any]:
+    facts: dict[str, Any],
+) -> None:
     """Train a module, or go on where a resume point says; what is recorded is the Recorder's."""
-    facts: dict[str, Any] = {}
     plan: Plan = _build(cfg.metrics)
     recorder = Recorder(
         folder=folder, identity=identity, plan=plan, eval_every=cfg.module.eval_every
@@ -220,7 +226,6 @@ def _train(
 
     facts |= recorder.close()
     facts["checkpoints"] = {str(step): sha for step, sha in sorted(checkpoints.sha256.items())}
-    return facts
 
 
 def _trainer(

@@ -86,10 +86,10 @@ class Bootstrap:
 
 
 @lru_cache(maxsize=2)
-def _counts(n: int, resamples: int) -> np.ndarray:
+def resamples(n: int, count: int = RESAMPLES) -> np.ndarray:
     """How often each of n units is in each resample; the same for every number over n units."""
-    generator = np.random.default_rng([n, resamples])
-    return generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    generator = np.random.default_rng([n, count])
+    return generator.multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64)
 
 
 class RatioBootstrap(Bootstrap):
@@ -109,7 +109,7 @@ class RatioBootstrap(Bootstrap):
 
     def _resampled(self) -> np.ndarray:
         above, below = self.columns
-        counts = _counts(len(above), self.resamples)
+        counts = resamples(len(above), self.resamples)
         return (counts @ above) / (counts @ below)
 
     def _left_out(self) -> np.ndarray:

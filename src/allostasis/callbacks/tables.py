@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,18 @@ class Tables(Callback):
     ) -> None:
         """Write the tables."""
         del trainer, pl_module
+        self._write(outputs["tables"])
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Write what is finished, where the module can tell; the run stays unfinished."""
+        del trainer, exception
+        finished = pl_module.partial() if hasattr(pl_module, "partial") else {}
+        if finished:
+            self._write(finished)
+
+    def _write(self, tables: Mapping[str, pd.DataFrame]) -> None:
         steps = {STEP}
-        for name, frame in outputs["tables"].items():
+        for name, frame in tables.items():
             frame = frame.assign(**vars(self.identity))
             if name == "metrics":
                 frame = frame if "step" in frame else frame.assign(step=STEP)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from allostasis.engines.prompts import Places, Prompt, Rows
-from allostasis.engines.suffix import Precision, Swept
+from allostasis.engines.suffix import Precision, Swept, sweep
 from allostasis.interventions.ablate import Unit
 from allostasis.interventions.latent import Latents, with_latents
 from allostasis.models.lens import bridge
@@ -26,6 +26,7 @@ ATOL: Mapping[Precision, float] = {"fp32": 1e-3, "bf16": 0.25}
 """By how much a logit difference may be off, in logits."""
 
 TOP = 10
+INERT = 1e-6  # nats: less than this is no effect
 HOOKS: Mapping[str, str] = {
     "z": "attn.hook_z",
     "attn_out": "hook_attn_out",
@@ -162,10 +163,12 @@ def verify_slice(
     roles: Mapping[str, Sequence[Places]] | None = None,
     n_units: int = 8,
     n_prompts: int = 8,
+    atol: float | None = None,
 ) -> dict[str, Any]:
     """Do a sample of a sweep again on the CPU in float32, and compare.
 
-    The unit with the largest effect is always in the sample; the seed draws the others.
+    The unit with the largest effect is always in the sample; the seed draws the others. Where
+    `atol` is None it is that of the precision.
 
     Returns:
         `passed`, `atol`, `max_abs_diff` in logits, `rows` with each comparison; with reduced
@@ -197,15 +200,36 @@ def verify_slice(
                 "effect_check": check - clean[row],
             })  # fmt: skip
     worst = max(row["abs_diff"] for row in compared)
+    allowed = ATOL[precision] if atol is None else atol
     result: dict[str, Any] = {
-        "passed": worst <= ATOL[precision],
-        "atol": ATOL[precision],
+        "passed": worst <= allowed,
+        "atol": allowed,
         "max_abs_diff": worst,
         "rows": compared,
     }
     if precision != "fp32":
         result |= _noise(swept, compared, effects)
     return result
+
+
+def kl_of_a_zeroed_layer(model: LanguageModel) -> float:
+    """KL divergence in nats, at the last token of one prompt, of zeroing every head of a layer.
+
+    Raises:
+        RuntimeError: It is nothing, so that the heads are not where they are looked for.
+    """
+    decoder = model.decoder
+    ids = tuple(model.encode("Then Mary and John went to the store, and John gave it to"))
+    rows = Rows(prompts=[ids], target=[ids[-1]], foil=[ids[0]])
+    layer = decoder.n_layers // 2
+    every = Unit(members=tuple((layer, head) for head in range(decoder.n_heads)))
+    moved = float(sweep(decoder, rows, [every]).values["kl"].max())
+    if moved <= INERT:
+        raise RuntimeError(
+            f"zeroing all heads of layer {layer} leaves the prediction as it is (KL "
+            f"{moved:.1e} nat): the model's heads are not where blocks.py looks for them"
+        )
+    return moved
 
 
 def _noise(

@@ -46,8 +46,7 @@ class TrajectoryCurvature(Metric):
     needs = ("blocks.*.hook_resid_post",)
     axes = ("layer",)
     parts = ("no_first",)
-    scale_law = {**invariant("vo", "qk", "relu", "rotation"), "stream": "changes"}
-    scale_law |= {"resid": "invariant"}
+    scale_law = invariant("vo", "qk", "relu", "stream", "rotation", "resid")
     direction = "larger: sharper turns; 0: a straight line"
     source = "Henaff et al. (2019), Perceptual straightening of natural videos, Nat. Neurosci. 22"
 

@@ -45,6 +45,7 @@ class TrajectoryStep(Metric):
     unit = "resid"
     needs = ("blocks.*.hook_resid_post",)
     axes = ("layer",)
+    functional = False
     parts = ("first5", "rest", "no_first")
     scale_law = {**invariant("vo", "qk", "relu", "rotation"), "stream": "changes", "resid": 1}
     direction = "larger: neighbouring tokens lie further apart"

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 import lightning as L
 from annotated_types import Ge, Gt, Le
 
 from allostasis.core.seeding import derive
+from allostasis.tasks.one_batch import OneBatch, Tokenizer
 from allostasis.tasks.prompts import Prompt, Prompts, make
 from allostasis.tasks.sentences import TEMPLATES, WORDS, Encode, Sentences
 
 __all__ = ["IOI", "TEMPLATES", "WORDS", "Prompt", "Prompts"]
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What the task asks of a tokenizer beside encoding."""
-
-    @property
-    def unk_token_id(self) -> int | None:
-        """The id that stands for whatever the vocabulary lacks, or None."""
-        ...
-
-
-class OneBatch:
-    """A loader whose only batch is the task: its prompts wait for a tokenizer."""
-
-    def __init__(self, task: IOI) -> None:
-        self.task = task
-
-    def __iter__(self) -> Iterator[IOI]:
-        return iter((self.task,))
-
-    def __len__(self) -> int:
-        return 1
 
 
 class IOI(L.LightningDataModule):
@@ -99,7 +76,7 @@ class IOI(L.LightningDataModule):
             n_reference=self.n_reference,
         )
 
-    def test_dataloader(self) -> OneBatch:
+    def test_dataloader(self) -> OneBatch[IOI]:
         """One batch, the task itself: whoever has the tokenizer builds the prompts from it."""
         return OneBatch(self)
 

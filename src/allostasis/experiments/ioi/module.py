@@ -24,7 +24,7 @@ from allostasis.engines.parts import Parts
 from allostasis.engines.prompts import Rows
 from allostasis.engines.suffix import Precision
 from allostasis.engines.suffix import sweep as run_sweep
-from allostasis.engines.verify import verify_slice
+from allostasis.engines.verify import kl_of_a_zeroed_layer, verify_slice
 from allostasis.experiments.ioi.discovery import Portrait, attention_to_io, copy_scores
 from allostasis.experiments.ioi.group import Group, groups_of
 from allostasis.experiments.ioi.tables import Collected
@@ -96,24 +96,10 @@ class IOIAudit(L.LightningModule):
     def prove_effect(self) -> dict[str, float]:
         """Show that the hooks reach the model: zeroing every head of a layer moves the logits.
 
-        Returns:
-            `zeroed_layer`, the largest change of a logit at the last token of one prompt.
-
         Raises:
             RuntimeError: Nothing moves.
         """
-        ids = tuple(self.model.encode("Then Mary and John went to the store, and John gave it to"))
-        rows = Rows(prompts=[ids], target=[ids[-1]], foil=[ids[0]])
-        layer = self.decoder.n_layers // 2
-        every = Unit(members=tuple((layer, head) for head in range(self.decoder.n_heads)))
-        found = run_sweep(self.decoder, rows, [every])
-        moved = float(found.values["kl"].max())
-        if moved <= INERT:
-            raise RuntimeError(
-                f"zeroing all heads of layer {layer} leaves the prediction as it is (KL "
-                f"{moved:.1e} nat): the model's heads are not where blocks.py looks for them"
-            )
-        return {"kl_of_a_zeroed_layer": moved}
+        return {"kl_of_a_zeroed_layer": kl_of_a_zeroed_layer(self.model)}
 
     @torch.no_grad()
     def test_step(self, batch: IOI, batch_idx: int) -> dict[str, Any]:

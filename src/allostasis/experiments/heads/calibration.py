@@ -1,0 +1,63 @@
+"""Calibration of the two-answer choice under every intervention, as rows of metrics.parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from allostasis.analysis.choice_calibration import calibrate, is_first
+from allostasis.core.seeding import derive
+from allostasis.experiments.heads.tables import Readings, place
+
+UNITS = {"ece": "1", "equal_mass": "1", "brier": "1", "nll": "nat", "ece_self": "1"}
+DRAWS = 999
+
+
+def metric_rows(
+    found: Readings, splits: Mapping[str, np.ndarray], *, seed: int
+) -> Iterator[dict[str, Any]]:
+    """One row a split, intervention and number; of the clean model with a cluster bootstrap."""
+    rng = np.random.default_rng(derive(seed, "bootstrap"))
+    for split, at in splits.items():
+        if not len(at):
+            continue
+        first = is_first(len(at), rng)
+        clean = asdict(calibrate(found.clean["ld"][at], first))
+        limits = _limits(found.clean["ld"][at], first, np.array(found.clusters(at)), rng)
+        base = {
+            "symbol": "Psi", "split": split, "n": len(at), "n_unique": found.n_unique(at),
+        }  # fmt: skip
+        for name, value in clean.items():
+            low, high = limits[name]
+            yield {
+                **base, "metric": f"choice_calibration.{name}", "unit": UNITS[name],
+                "value": value, "ci_low": low, "ci_high": high,
+            }  # fmt: skip
+        for index, each in enumerate(found.interventions):
+            now = asdict(calibrate(found.columns["ld"][index, at], first))
+            for name, value in now.items():
+                yield {
+                    **base, **place(each), "metric": f"choice_calibration.{name}",
+                    "unit": UNITS[name], "value": value, "value_clean": clean[name],
+                    "delta": value - clean[name],
+                }  # fmt: skip
+
+
+def _limits(
+    logit_diff: np.ndarray, first: np.ndarray, clusters: np.ndarray, rng: np.random.Generator
+) -> dict[str, tuple[float, float]]:
+    """Percentile intervals over resampled clusters.
+
+    Calibration errors are biased upwards in them, as they are in any finite sample.
+    """
+    names = np.unique(clusters)
+    members = {name: np.flatnonzero(clusters == name) for name in names}
+    drawn = []
+    for _ in range(DRAWS):
+        rows = np.concatenate([members[name] for name in rng.choice(names, size=len(names))])
+        drawn.append([*asdict(calibrate(logit_diff[rows], first[rows])).values()])
+    low, high = np.quantile(np.array(drawn), [0.025, 0.975], axis=0)
+    return {name: (low[i], high[i]) for i, name in enumerate(UNITS)}

@@ -1,0 +1,161 @@
+"""Facts: capitals, opposites, young animals, what comes after, sums of two numbers, colours."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from allostasis.tasks.probes.drafts import Block, Draft, Length, pair_name
+from allostasis.tasks.probes.order import hashed
+
+LEAST = 10
+"""Entities of one length: fewer leave too few prompts for a mean to stand for one."""
+
+Facts = Mapping[str, str]
+
+
+def _facts(text: str) -> dict[str, str]:
+    """Facts written as `entity: answer`, separated by commas or line ends.
+
+    Example:
+        >>> _facts("a b: c, d: e")
+        {'a b': 'c', 'd': 'e'}
+    """
+    pairs = (entry.split(":") for entry in re.split(r"[,\n]", text) if entry.strip())
+    return {entity.strip(): answer.strip() for entity, answer in pairs}
+
+
+CAPITALS = _facts("""
+    France: Paris, England: London, Germany: Berlin, Italy: Rome, Spain: Madrid, Portugal: Lisbon
+    Austria: Vienna, Greece: Athens, Ireland: Dublin, Poland: Warsaw, Hungary: Budapest
+    Belgium: Brussels, Sweden: Stockholm, Norway: Oslo, Denmark: Copenhagen, Finland: Helsinki
+    Russia: Moscow, Japan: Tokyo, China: Beijing, Thailand: Bangkok, Vietnam: Hanoi
+    Indonesia: Jakarta, Egypt: Cairo, Kenya: Nairobi, Iran: Tehran, Iraq: Baghdad, Syria: Damascus
+    Lebanon: Beirut, Cuba: Havana, Peru: Lima, Chile: Santiago, Canada: Ottawa, Scotland: Edinburgh
+    Wales: Cardiff, Romania: Bucharest, Bulgaria: Sofia, Serbia: Belgrade, Afghanistan: Kabul
+    Libya: Tripoli, Ghana: Accra, Qatar: Doha, Jordan: Amman, Nepal: Kathmandu
+    Venezuela: Caracas, Colombia: Bogota, Turkey: Ankara, Netherlands: Amsterdam
+""")
+OPPOSITES = _facts("""
+    hot: cold, big: small, tall: short, fast: slow, rich: poor, young: old, happy: sad, hard: soft
+    dark: light, full: empty, open: closed, good: bad, up: down, high: low, early: late, wet: dry
+    clean: dirty, strong: weak, thick: thin, wide: narrow, deep: shallow, loud: quiet, left: right
+    north: south, east: west, inside: outside, alive: dead, rough: smooth, first: last
+    heavy: light, cheap: expensive, easy: difficult, safe: dangerous, sharp: dull, public: private
+    brave: cowardly, asleep: awake, guilty: innocent, simple: complex, legal: illegal
+""")
+YOUNG = _facts("""
+    dog: puppy, cat: kitten, cow: calf, elephant: calf, whale: calf, dolphin: calf, lion: cub
+    bear: cub, tiger: cub, leopard: cub, panda: cub, wolf: pup, seal: pup, shark: pup
+    sheep: lamb, goat: kid, hen: chick, chicken: chick, penguin: chick, bird: chick, horse: foal
+    donkey: foal, zebra: foal, kangaroo: joey, deer: fawn, duck: duckling, pig: piglet
+    buffalo: calf, moose: calf, cheetah: cub, fox: cub, bat: pup, rat: pup, raccoon: kit
+    rabbit: kit, parrot: chick
+""")
+MONTHS = """
+    January February March April May June July August September October November December
+""".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+NUMBERS = """
+    one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen
+""".split()
+COLOURS = _facts("""
+    banana: yellow, lemon: yellow, corn: yellow, butter: yellow, sun: yellow, grass: green
+    lettuce: green, broccoli: green, spinach: green, frog: green, cucumber: green, sky: blue
+    ocean: blue, sea: blue, snow: white, milk: white, salt: white, rice: white, cotton: white
+    coal: black, crow: black, raven: black, tar: black, blood: red, strawberry: red, cherry: red
+    tomato: red, ruby: red, rose: red, carrot: orange, pumpkin: orange, chocolate: brown, soil: brown
+    coffee: brown, mud: brown, emerald: green, sapphire: blue, swan: white, flour: white
+""")
+
+
+def _after(names: Sequence[str]) -> dict[str, str]:
+    return {name: names[(i + 1) % len(names)] for i, name in enumerate(names)}
+
+
+SUMS = {
+    f"{NUMBERS[a]} and {NUMBERS[b]}": NUMBERS[a + b + 1] for a in range(9) for b in range(a + 1, 9)
+}
+# what follows in the same row is never another fact's answer: days go with days
+KNOWN: Mapping[str, Sequence[Facts]] = {
+    "after": (_after(MONTHS), _after(DAYS)),
+    "capital": (CAPITALS,),
+    "colour": (COLOURS,),
+    "opposite": (OPPOSITES,),
+    "sum": (SUMS,),
+    "young": (YOUNG,),
+}
+TEMPLATES: Mapping[str, Sequence[str]] = {
+    "after": (
+        "The one that comes right after {x} is",
+        "If you start at {x} and go on by one, you get to",
+        "What comes after {x}? After {x} comes",
+        "Just before it there is {x}, and right after {x} there is",
+    ),
+    "capital": (
+        "The capital of {x} is",
+        "The capital city of {x} is called",
+        "In {x}, the government sits in the capital, the city of",
+        "A trip to the capital of {x} is a trip to",
+    ),
+    "colour": (
+        "The colour of the {x} is usually",
+        "When you think of the {x}, the colour you see is",
+        "What colour is the {x}? The usual colour of the {x} is",
+        "Everybody knows the colour of the {x}, and that colour is",
+    ),
+    "opposite": (
+        "The opposite of {x} is",
+        "The word that means the opposite of {x} is",
+        "What is the opposite of {x}? The opposite is",
+        "If something is not {x} but the very opposite, it is",
+    ),
+    "sum": (
+        "The sum of {x} is",
+        "If you add {x}, you get",
+        "When you count {x} together, the total is",
+        "Adding up {x} gives a total of",
+    ),
+    "young": (
+        "A young {x} is called a",
+        "The name for a baby {x} is",
+        "What do you call a young {x}? You call it a",
+        "When a {x} has a baby, that baby is called a",
+    ),
+}
+
+
+def family(name: str, seed: int, length: Length) -> Iterator[Block]:
+    """Two entities of one length, each the other's corrupt prompt; each in one pair only."""
+    for first, second in _pairs(name, seed, length):
+        for number, template in enumerate(TEMPLATES[name]):
+            yield tuple(
+                Draft(
+                    family=name, template=f"{name}-{number}", cell=name,
+                    group=pair_name(first[0], second[0]),
+                    clean=template.format(x=entity), corrupt=template.format(x=other),
+                    target=f" {answer}", foil=f" {wrong}",
+                )
+                for (entity, answer), (other, wrong) in ((first, second), (second, first))
+            )  # fmt: skip
+
+
+def _pairs(
+    name: str, seed: int, length: Length
+) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Entities of one length and unlike answers, two by two."""
+    sizes: dict[int, int] = defaultdict(int)
+    for facts in KNOWN[name]:
+        for entity in facts:
+            sizes[length(entity)] += 1
+    for facts in KNOWN[name]:
+        waiting = [entity for entity in hashed(facts, seed) if sizes[length(entity)] >= LEAST]
+        while waiting:
+            first = waiting.pop(0)
+            for second in waiting:
+                if length(second) == length(first) and facts[second] != facts[first]:
+                    waiting.remove(second)
+                    yield (first, facts[first]), (second, facts[second])
+                    break

@@ -1,0 +1,100 @@
+"""The task of the head lab: one corpus of probes, encoded when a model's tokenizer is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import lightning as L
+from annotated_types import Ge, Gt, Le
+
+from allostasis.tasks.one_batch import Encode, OneBatch, Tokenizer
+from allostasis.tasks.probes.encoded import Asker, Encoded, Example
+from allostasis.tasks.probes.generate import SEED, generate
+from allostasis.tasks.probes.rows import Corpus, data_hash, read, records
+from allostasis.tasks.probes.splits import assign
+
+
+class Probes(L.LightningDataModule):
+    """Pairs of prompts with their answers, in three splits that share no group.
+
+    The corpus is the same for every seed; the seed draws which part of a split is measured.
+
+    Args:
+        seed: The run's seed.
+        corpus: Which corpus.
+        n_examples: Rows to make for the model's tokenizer, all splits together.
+        frac: Part of the measured split that the seed draws, by group.
+        n_reference: Prompts that a mean ablation averages over, at most.
+        file: Rows of your own instead, as JSON lines; `corpus` is then only a name.
+        spans: Whether answers of several tokens are kept, for `full_span`.
+
+    Raises:
+        ValueError: `frac` is 1 with a seed other than 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        corpus: Corpus,
+        n_examples: Annotated[int, Ge(60), Le(2000)] = 240,
+        frac: Annotated[float, Gt(0), Le(1)] = 0.8,
+        n_reference: Annotated[int, Ge(8), Le(1000)] = 16,
+        file: str | None = None,
+        spans: bool = False,
+    ) -> None:
+        super().__init__()
+        if frac == 1 and seed != 0:
+            raise ValueError(
+                f"task.frac=1.0 takes every row, so that seed {seed} would measure what seed 0 "
+                "measures; take seed=0 alone, or task.frac=0.8"
+            )
+        self.seed, self.corpus, self.n_examples = seed, corpus, n_examples
+        self.frac, self.n_reference, self.file, self.spans = frac, n_reference, file, spans
+
+    def build(self, encode: Encode, tokenizer: Tokenizer) -> Encoded:
+        """The corpus for one tokenizer.
+
+        Args:
+            encode: Text to token ids, with BOS where the model wants one, never with an end token.
+            tokenizer: Says which id stands for unknown words.
+
+        Returns:
+            The same rows for the same tokenizer, whatever process makes them.
+
+        Raises:
+            ValueError: Too few rows can be asked under this tokenizer.
+        """
+        asker = Asker(encode, unknown=tokenizer.unk_token_id, spans=self.spans)
+        if self.file is not None:
+            rows, dropped, pool = read(Path(self.file)), Counter[str](), {}
+            digest = data_hash(records(Path(self.file)))
+        else:
+            made = generate(self.corpus, asker, n=self.n_examples)
+            rows, dropped, pool = made.rows, made.dropped, made.pool
+            digest = data_hash(map(asdict, rows))
+        splits = assign(rows, seed=SEED)
+        examples: list[Example] = []
+        for number, row in enumerate(rows):
+            tokens = asker.ask(row)
+            if isinstance(tokens, str):
+                dropped[tokens] += 1
+                continue
+            examples.append(Example(number, row, splits[row.id], tokens))
+        return Encoded(
+            corpus=self.corpus, examples=tuple(examples), sha256=digest,
+            requested=len(rows) if self.file is not None else self.n_examples, dropped=dropped,
+            seed=self.seed, frac=self.frac, n_reference=self.n_reference, pool=pool,
+        )  # fmt: skip
+
+    def test_dataloader(self) -> OneBatch[Probes]:
+        """One batch, the task itself: whoever has the tokenizer builds the prompts from it."""
+        return OneBatch(self)
+
+    def transfer_batch_to_device(self, batch: Probes, device: Any, dataloader_idx: int) -> Probes:
+        """The task as it is: it holds no tensor."""
+        del device, dataloader_idx
+        return batch
