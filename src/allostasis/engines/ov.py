@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from allostasis.engines.budget import Budget
-from allostasis.engines.prompts import Prompt, Rows
+from allostasis.engines.prompts import Rows
 from allostasis.models.blocks import Decoder
 
 TOP_SHARE = 0.01
@@ -257,7 +257,7 @@ class Ends:
 def ends_of(
     decoder: Decoder, rows: Rows, clusters: Sequence[str], *, budget: Budget | None = None
 ) -> Ends:
-    """Run prompts once and keep what is at their last tokens; equal rows are one.
+    """Run prompts once and keep what is at their last tokens, in the rows' order.
 
     Args:
         decoder: The model.
@@ -267,8 +267,8 @@ def ends_of(
     """
     budget = budget or Budget.measured(decoder)
     by_length: dict[int, list[int]] = defaultdict(list)
-    for row in _unique(rows):
-        by_length[len(rows.prompts[row])].append(row)
+    for row, prompt in enumerate(rows.prompts):
+        by_length[len(prompt)].append(row)
     order: list[int] = []
     pieces: list[tuple[Tensor, ...]] = []
     for length, some in sorted(by_length.items()):
@@ -281,28 +281,43 @@ def ends_of(
             )
             pieces.append((z, attn_out, found.resid_pre[-1][:, -1]))
             order += some[piece]
+    back = torch.tensor(order, device=decoder.device).argsort()
     number = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
-    numbers = [number[name] for name in clusters]
     answers = (
-        torch.tensor([column[row] for row in order], device=decoder.device)
-        for column in (rows.target, rows.foil, numbers)
+        torch.tensor([*column], device=decoder.device)
+        for column in (rows.target, rows.foil, [number[name] for name in clusters])
     )
-    return Ends(*(torch.cat(parts) for parts in zip(*pieces, strict=True)), *answers)
+    return Ends(*(torch.cat(parts)[back] for parts in zip(*pieces, strict=True)), *answers)
 
 
-def _unique(rows: Rows) -> list[int]:
-    """The first row of each prompt with its pair of answers."""
-    first: dict[tuple[Prompt, int, int], int] = {}
-    for row, prompt in enumerate(rows.prompts):
-        first.setdefault((prompt, rows.target[row], rows.foil[row]), row)
-    return [*first.values()]
+def stream_write(
+    decoder: Decoder, ends: Ends, layer: int, head: int
+) -> Float[Tensor, "row d_model"]:
+    """What a head adds to the stream at each prompt's last token.
+
+    Where a norm follows attention, its share at the scale that all heads together give that norm.
+    """
+    write = (ends.z[:, layer, head] @ decoder.W_O(layer)[head]).float()
+    gain = decoder.post_norm_gain(layer, ends.attn_out[:, layer])
+    return write if gain is None else write * gain
+
+
+def direct_write(
+    decoder: Decoder, ends: Ends, layer: int, head: int
+) -> Float[Tensor, "row d_model"]:
+    """The same as the unembedding reads it: behind the final norm, at each prompt's own scale.
+
+    Its product with a column of W_U is what the head adds to that token's logit.
+    """
+    write = stream_write(decoder, ends, layer, head)
+    return towards_logits(decoder, write).float() / ends.scale(decoder)
 
 
 @torch.no_grad()
 def writes(
     decoder: Decoder, ends: Ends, layer: int, heads: Sequence[int], *, top_k: int
 ) -> list[HeadWrite]:
-    """Writes of heads of a layer, each through the norms that follow it at the prompt's own scales.
+    """Writes of heads of a layer, in the mean over prompts.
 
     Args:
         decoder: The model.
@@ -310,48 +325,49 @@ def writes(
         layer: Layer.
         heads: Which of its heads.
         top_k: Tokens at each end.
+
+    Raises:
+        ValueError: All prompts are of one cluster, so that a mean has no standard error.
     """
-    gain = decoder.post_norm_gain(layer, ends.attn_out[:, layer])
-    scale, n_clusters = ends.scale(decoder), int(ends.cluster.max()) + 1
-    length = ends.resid.norm(dim=-1).mean()
+    length = float(ends.resid.norm(dim=-1).mean())
+    read = [decoder.W_U[:, ids].T.float() for ids in (ends.target, ends.foil)]
     found = []
     for head in heads:
-        write = (ends.z[:, layer, head] @ decoder.W_O(layer)[head]).float()
-        write = write if gain is None else write * gain
-        direct = towards_logits(decoder, write) / scale
+        direct = direct_write(decoder, ends, layer, head)
         mean = direct.mean(dim=0)
-        read = decoder.W_U[:, ends.target], decoder.W_U[:, ends.foil]
-        answers = [float(torch.linalg.vecdot(direct, side.T.float()).mean()) for side in read]
-        vector = float(write.mean(dim=0).norm())
+        vector = float(stream_write(decoder, ends, layer, head).mean(dim=0).norm())
         found.append(
             HeadWrite(
                 layer,
                 head,
                 *extremes((mean.to(decoder.dtype) @ decoder.W_U).float(), top_k),
                 vector,
-                vector / float(length),
-                float(mean.norm()) / standard_error(direct.double(), ends.cluster, n_clusters),
-                *answers,
+                vector / length,
+                float(mean.norm()) / standard_error(direct.double(), ends.cluster),
+                *(float(torch.linalg.vecdot(direct, side).mean()) for side in read),
             )
         )
     return found
 
 
-def standard_error(
-    rows: Float64[Tensor, "row width"], cluster: Int[Tensor, " row"], n_clusters: int
-) -> float:
+def standard_error(rows: Float64[Tensor, "row width"], cluster: Int[Tensor, " row"]) -> float:
     """Standard error of a mean vector: root of the sum of the variances of the mean's entries.
 
     Rows of a cluster are added up first, since they are not independent.
+
+    Args:
+        rows: Vectors.
+        cluster: The cluster of each, counted from 0.
 
     Raises:
         ValueError: There is one cluster, which has no spread.
 
     Example:
         >>> rows = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
-        >>> standard_error(rows, torch.tensor([0, 1]), 2)
+        >>> standard_error(rows, torch.tensor([0, 1]))
         1.0
     """
+    n_clusters = int(cluster.max()) + 1
     if n_clusters < 2:
         raise ValueError("one cluster of prompts has no spread; give more than one")
     sums = torch.zeros(n_clusters, rows.shape[1], dtype=rows.dtype, device=rows.device)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning as L
-import numpy as np
 import pandas as pd
 import torch
 from annotated_types import Ge, Gt
@@ -21,10 +20,11 @@ from allostasis.engines.budget import Budget
 from allostasis.engines.parts import Parts
 from allostasis.engines.suffix import Precision, Swept, sweep
 from allostasis.engines.verify import kl_of_a_zeroed_layer, verify_slice
-from allostasis.experiments.heads import tables
+from allostasis.experiments.heads import choices, tables
 from allostasis.experiments.heads.asked import Asked, Corpus
+from allostasis.experiments.heads.choices import Layers
 from allostasis.experiments.heads.tables import Planned, Readings
-from allostasis.interventions.ablate import Member, Op, Unit, parse_heads
+from allostasis.interventions.ablate import Member, Op, Unit
 from allostasis.models.zoo import LanguageModel
 from allostasis.tasks.probes.task import Probes
 
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 Ablation = Literal["zero", "mean", "resample"]
 Span = Literal["first_token", "full_span"]
-Layers = Literal["all"] | int | list[int]
 Keep = Literal["all", "none"] | Annotated[int, Ge(1)]
 
 OPS: dict[Ablation, Op] = {"zero": "scale", "mean": "mean", "resample": "resample"}
@@ -253,43 +252,14 @@ class HeadLab(L.LightningModule):
     # ------------------------------------------------------------------ heads
 
     def chosen_layers(self, layers: Layers) -> list[int]:
-        """Layers that a config names: all, a list, or so many from the first to the last.
-
-        Raises:
-            ValueError: The list is empty or names a layer that is not there.
-        """
-        n = self.decoder.n_layers
-        if layers == "all":
-            return [*range(n)]
-        if isinstance(layers, int):
-            if not 1 <= layers <= n:
-                raise ValueError(f"module.layers={layers}: the model has 1 to {n} layers to take")
-            return sorted({int(layer) for layer in np.linspace(0, n - 1, layers).round()})
-        if not layers:
-            raise ValueError("module.layers is an empty list, so that nothing would be done")
-        wrong = [layer for layer in layers if not 0 <= layer < n]
-        if wrong:
-            raise ValueError(f"module.layers: the model has layers 0 to {n - 1}, not {wrong}")
-        return sorted(set(layers))
+        """Layers that a config names."""
+        return choices.layers(self.decoder, layers)
 
     def chosen_heads(
         self, heads: Literal["all"] | Sequence[str], layers: Layers
     ) -> list[tuple[int, int]]:
-        """Heads that a config names, in the layers that it names.
-
-        Raises:
-            ValueError: The list is empty or names a head that is not there.
-        """
-        there = self.chosen_layers(layers)
-        if heads == "all":
-            return [(layer, head) for layer in there for head in range(self.decoder.n_heads)]
-        if not heads:
-            raise ValueError(
-                "module.heads is an empty list, so that nothing would be done; name heads as "
-                "LAYER.HEAD, for example 9.6, or take all"
-            )
-        names = parse_heads([*heads], n_layers=self.decoder.n_layers, n_heads=self.decoder.n_heads)
-        return [head for head in sorted(set(names)) if head[0] in there]
+        """Heads that a config names, in the layers that it names."""
+        return choices.heads(self.decoder, heads, layers)
 
     def units_of(
         self, heads: Sequence[Member], ablation: Ablation, *, scale: float = 0.0, n_donors: int = 1
