@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+from allostasis.tasks.probes.order import hashed
 
 Length = Callable[[str], int]
 
+MOST_PAIRS = 400
+"""Pairs of words that a family offers: enough for the largest corpus under any tokenizer."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Draft:
     """A row that may become a `Probe`; see there for the fields."""
 
@@ -21,24 +27,34 @@ class Draft:
     target: str
     foil: str
 
-    @property
-    def form(self) -> tuple[str, str, str]:
-        """What prompts have to share, beside their length, for their mean to stand for one."""
-        return self.family, self.template, self.cell
-
 
 Block = tuple[Draft, ...]
-"""Rows of one group in which every word is as often target as foil."""
+"""Rows of one group in which every word is as often target as foil, and as often comes first."""
 
-Family = Callable[[int, Length], Iterator[Block]]
-"""From a seed and the number of tokens of a word, blocks in the order in which to take them."""
+Family = Callable[[Length], Iterator[Block]]
+"""From the number of tokens of a word, blocks in the order in which to take them."""
 
 
-def pair_name(first: str, second: str) -> str:
+def group(first: str, second: str) -> str:
     """A group's name: the pair, whatever its order.
 
     Example:
-        >>> pair_name("Tom", "Anna")
+        >>> group("Tom", "Anna")
         'Anna|Tom'
     """
     return "|".join(sorted((first, second)))
+
+
+def cell(family: str, **levels: str) -> str:
+    """A cell's name: the levels of the crossed factors in a family.
+
+    Example:
+        >>> cell("either", fact="denied", query="with")
+        'either:fact=denied,query=with'
+    """
+    return f"{family}:" + ",".join(f"{name}={level}" for name, level in levels.items())
+
+
+def pairs(words: Sequence[str], *salt: object) -> list[tuple[str, str]]:
+    """Pairs of words in alphabetical order; the first in the hashed order."""
+    return hashed(itertools.combinations(sorted(words), 2), *salt)[:MOST_PAIRS]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -232,8 +232,8 @@ class Encoded:
         found = [ids for ids in self._prompts[_form(example)] if ids != example.clean_ids]
         if len(found) < LEAST_REFERENCES:
             raise ValueError(
-                f"row {example.row.id}: only {len(found)} other prompts have its template, its cell "
-                f"({example.cell}) and its {len(example.clean_ids)} tokens, and a mean needs "
+                f"row {example.row.id}: only {len(found)} other prompts have its template, its "
+                f"cell ({example.cell}) and its {len(example.clean_ids)} tokens, and a mean needs "
                 f"{LEAST_REFERENCES}; take another ablation, or more rows of this form"
             )
         return tuple(found[: self.n_reference])

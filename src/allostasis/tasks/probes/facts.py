@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
-from allostasis.tasks.probes.drafts import Block, Draft, Length, pair_name
+from allostasis.tasks.probes.drafts import Block, Draft, Family, Length, group
 from allostasis.tasks.probes.order import hashed
 
 LEAST = 10
@@ -15,18 +16,18 @@ LEAST = 10
 Facts = Mapping[str, str]
 
 
-def _facts(text: str) -> dict[str, str]:
+def read_facts(text: str) -> dict[str, str]:
     """Facts written as `entity: answer`, separated by commas or line ends.
 
     Example:
-        >>> _facts("a b: c, d: e")
+        >>> read_facts("a b: c, d: e")
         {'a b': 'c', 'd': 'e'}
     """
     pairs = (entry.split(":") for entry in re.split(r"[,\n]", text) if entry.strip())
     return {entity.strip(): answer.strip() for entity, answer in pairs}
 
 
-CAPITALS = _facts("""
+CAPITALS = read_facts("""
     France: Paris, England: London, Germany: Berlin, Italy: Rome, Spain: Madrid, Portugal: Lisbon
     Austria: Vienna, Greece: Athens, Ireland: Dublin, Poland: Warsaw, Hungary: Budapest
     Belgium: Brussels, Sweden: Stockholm, Norway: Oslo, Denmark: Copenhagen, Finland: Helsinki
@@ -37,7 +38,7 @@ CAPITALS = _facts("""
     Libya: Tripoli, Ghana: Accra, Qatar: Doha, Jordan: Amman, Nepal: Kathmandu
     Venezuela: Caracas, Colombia: Bogota, Turkey: Ankara, Netherlands: Amsterdam
 """)
-OPPOSITES = _facts("""
+OPPOSITES = read_facts("""
     hot: cold, big: small, tall: short, fast: slow, rich: poor, young: old, happy: sad, hard: soft
     dark: light, full: empty, open: closed, good: bad, up: down, high: low, early: late, wet: dry
     clean: dirty, strong: weak, thick: thin, wide: narrow, deep: shallow, loud: quiet, left: right
@@ -45,7 +46,7 @@ OPPOSITES = _facts("""
     heavy: light, cheap: expensive, easy: difficult, safe: dangerous, sharp: dull, public: private
     brave: cowardly, asleep: awake, guilty: innocent, simple: complex, legal: illegal
 """)
-YOUNG = _facts("""
+YOUNG = read_facts("""
     dog: puppy, cat: kitten, cow: calf, elephant: calf, whale: calf, dolphin: calf, lion: cub
     bear: cub, tiger: cub, leopard: cub, panda: cub, wolf: pup, seal: pup, shark: pup
     sheep: lamb, goat: kid, hen: chick, chicken: chick, penguin: chick, bird: chick, horse: foal
@@ -53,21 +54,23 @@ YOUNG = _facts("""
     buffalo: calf, moose: calf, cheetah: cub, fox: cub, bat: pup, rat: pup, raccoon: kit
     rabbit: kit, parrot: chick
 """)
-MONTHS = """
-    January February March April May June July August September October November December
-""".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-NUMBERS = """
-    one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen
-""".split()
-COLOURS = _facts("""
+MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September",
+    "October", "November", "December",
+)  # fmt: skip
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+NUMBERS = (
+    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+)  # fmt: skip
+COLOURS = read_facts("""
     banana: yellow, lemon: yellow, corn: yellow, butter: yellow, sun: yellow, grass: green
     lettuce: green, broccoli: green, spinach: green, frog: green, cucumber: green, sky: blue
     ocean: blue, sea: blue, snow: white, milk: white, salt: white, rice: white, cotton: white
     coal: black, crow: black, raven: black, tar: black, blood: red, strawberry: red, cherry: red
-    tomato: red, ruby: red, rose: red, carrot: orange, pumpkin: orange, chocolate: brown, soil: brown
-    coffee: brown, mud: brown, emerald: green, sapphire: blue, swan: white, flour: white
+    tomato: red, ruby: red, rose: red, carrot: orange, pumpkin: orange, chocolate: brown
+    soil: brown, coffee: brown, mud: brown, emerald: green, sapphire: blue, swan: white
+    flour: white
 """)
 
 
@@ -92,7 +95,7 @@ TEMPLATES: Mapping[str, Sequence[str]] = {
         "The one that comes right after {x} is",
         "If you start at {x} and go on by one, you get to",
         "What comes after {x}? After {x} comes",
-        "Just before it there is {x}, and right after {x} there is",
+        "First comes {x}, and right after {x} comes",
     ),
     "capital": (
         "The capital of {x} is",
@@ -127,14 +130,14 @@ TEMPLATES: Mapping[str, Sequence[str]] = {
 }
 
 
-def family(name: str, seed: int, length: Length) -> Iterator[Block]:
+def entities(family: str, length: Length) -> Iterator[Block]:
     """Two entities of one length, each the other's corrupt prompt; each in one pair only."""
-    for first, second in _pairs(name, seed, length):
-        for number, template in enumerate(TEMPLATES[name]):
+    for first, second in _pairs(family, length):
+        for number, template in enumerate(TEMPLATES[family]):
             yield tuple(
                 Draft(
-                    family=name, template=f"{name}-{number}", cell=name,
-                    group=pair_name(first[0], second[0]),
+                    family=family, template=f"{family}-{number}", cell=family,
+                    group=group(first[0], second[0]),
                     clean=template.format(x=entity), corrupt=template.format(x=other),
                     target=f" {answer}", foil=f" {wrong}",
                 )
@@ -142,20 +145,20 @@ def family(name: str, seed: int, length: Length) -> Iterator[Block]:
             )  # fmt: skip
 
 
-def _pairs(
-    name: str, seed: int, length: Length
-) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
-    """Entities of one length and unlike answers, two by two."""
-    sizes: dict[int, int] = defaultdict(int)
-    for facts in KNOWN[name]:
-        for entity in facts:
-            sizes[length(entity)] += 1
-    for facts in KNOWN[name]:
-        waiting = [entity for entity in hashed(facts, seed) if sizes[length(entity)] >= LEAST]
+def _pairs(family: str, length: Length) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Entities of one length and unlike answers that neither prompt mentions, two by two."""
+    sizes = Counter(length(entity) for facts in KNOWN[family] for entity in facts)
+    for facts in KNOWN[family]:
+        waiting = [x for x in hashed(facts, family) if sizes[length(x)] >= LEAST]
         while waiting:
             first = waiting.pop(0)
             for second in waiting:
-                if length(second) == length(first) and facts[second] != facts[first]:
+                said, answers = f"{first} {second}".split(), {facts[first], facts[second]}
+                is_plain = len(answers) == 2 and answers.isdisjoint(said)
+                if is_plain and length(second) == length(first):
                     waiting.remove(second)
                     yield (first, facts[first]), (second, facts[second])
                     break
+
+
+FAMILIES: Mapping[str, Family] = {name: partial(entities, name) for name in KNOWN}

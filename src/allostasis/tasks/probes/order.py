@@ -1,10 +1,10 @@
-"""An order that looks random and is the same everywhere: by SHA-256, whatever process sorts."""
+"""Orders and draws that look random and are the same everywhere: SHA-256 of what is named."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -25,6 +25,16 @@ def hashed(items: Iterable[T], *salt: object) -> list[T]:
     return sorted(items, key=lambda item: rank(*salt, item))
 
 
-def pick(items: Iterable[T], *salt: object) -> T:
-    """The first item in the hashed order."""
-    return min(items, key=lambda item: rank(*salt, item))
+def draw(items: Sequence[T], k: int, *salt: object) -> list[T]:
+    """`k` of the items, without replacement, that the salt alone chooses.
+
+    Example:
+        >>> sorted(draw("abc", 3, "salt")), draw("abc", 2, "salt") == draw("abc", 3, "salt")[:2]
+        (['a', 'b', 'c'], True)
+    """
+    left, number = list(items), int(rank(*salt), 16)
+    found: list[T] = []
+    for _ in range(k):
+        number, place = divmod(number, len(left))
+        found.append(left.pop(place))
+    return found

@@ -27,7 +27,7 @@ class Probe:
         corpus: Name of the corpus.
         family: What kind of question it is; None in files that do not say.
         template: Which paraphrase of it.
-        cell: Levels of the factors that are crossed, such as `capital` or `denied=first,query=with`.
+        cell: Levels of the crossed factors, such as `either:fact=denied,query=with`.
         group: What rows share that are not independent: the pair of entities. Never in two splits.
         clean: The prompt after which the target is right.
         corrupt: The prompt after which the foil is right.

@@ -12,7 +12,11 @@ from allostasis.tasks.probes.rows import Probe
 SHARES: Mapping[Split, float] = {"train": 0.5, "val": 0.1, "test": 0.4}
 
 
-def assign(rows: Sequence[Probe], *, seed: int) -> dict[str, Split]:
+SEED = 0
+"""Of the splits: a run's seed draws from a split and moves no row to another."""
+
+
+def assign(rows: Sequence[Probe], *, seed: int = SEED) -> dict[str, Split]:
     """A split for every row by its id: whole groups, each cell in the same shares.
 
     Groups come in hashed order, the largest first, and each goes where the rows of its cells are

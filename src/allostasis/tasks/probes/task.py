@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,8 @@ import lightning as L
 from annotated_types import Ge, Gt, Le
 
 from allostasis.tasks.one_batch import Encode, OneBatch, Tokenizer
-from allostasis.tasks.probes.encoded import Asker, Encoded, Example
-from allostasis.tasks.probes.generate import SEED, generate
+from allostasis.tasks.probes.encoded import Asker, Encoded, Example, Tokens
+from allostasis.tasks.probes.generate import Generated, generate
 from allostasis.tasks.probes.rows import Corpus, data_hash, read, records
 from allostasis.tasks.probes.splits import assign
 
@@ -26,6 +25,8 @@ class Probes(L.LightningDataModule):
         seed: The run's seed.
         corpus: Which corpus.
         n_examples: Rows to make for the model's tokenizer, all splits together.
+        n_val: Rows of `val` that every cell shall have at least; what `n_examples` leaves missing
+            is made from groups that are in no split.
         frac: Part of the measured split that the seed draws, by group.
         n_reference: Prompts that a mean ablation averages over, at most.
         file: Rows of your own instead, as JSON lines; `corpus` is then only a name.
@@ -41,6 +42,7 @@ class Probes(L.LightningDataModule):
         seed: int,
         corpus: Corpus,
         n_examples: Annotated[int, Ge(60), Le(2000)] = 240,
+        n_val: Annotated[int, Ge(0), Le(200)] = 12,
         frac: Annotated[float, Gt(0), Le(1)] = 0.8,
         n_reference: Annotated[int, Ge(8), Le(1000)] = 16,
         file: str | None = None,
@@ -53,7 +55,8 @@ class Probes(L.LightningDataModule):
                 "measures; take seed=0 alone, or task.frac=0.8"
             )
         self.seed, self.corpus, self.n_examples = seed, corpus, n_examples
-        self.frac, self.n_reference, self.file, self.spans = frac, n_reference, file, spans
+        self.n_val, self.frac, self.n_reference = n_val, frac, n_reference
+        self.file, self.spans = file, spans
 
     def build(self, encode: Encode, tokenizer: Tokenizer) -> Encoded:
         """The corpus for one tokenizer.
@@ -70,24 +73,26 @@ class Probes(L.LightningDataModule):
         """
         asker = Asker(encode, unknown=tokenizer.unk_token_id, spans=self.spans)
         if self.file is not None:
-            rows, dropped, pool = read(Path(self.file)), Counter[str](), {}
+            rows = read(Path(self.file))
+            made = Generated(rows, assign(rows))
             digest = data_hash(records(Path(self.file)))
         else:
-            made = generate(self.corpus, asker, n=self.n_examples)
-            rows, dropped, pool = made.rows, made.dropped, made.pool
-            digest = data_hash(map(asdict, rows))
-        splits = assign(rows, seed=SEED)
+            made = generate(
+                self.corpus, asker, n=self.n_examples, n_val=self.n_val, n_pool=self.n_reference
+            )
+            digest = data_hash(map(asdict, made.rows))
         examples: list[Example] = []
-        for number, row in enumerate(rows):
+        for number, row in enumerate(made.rows):
             tokens = asker.ask(row)
-            if isinstance(tokens, str):
-                dropped[tokens] += 1
-                continue
-            examples.append(Example(number, row, splits[row.id], tokens))
+            if isinstance(tokens, Tokens):
+                examples.append(Example(number, row, made.splits[row.id], tokens))
+            else:
+                made.dropped[tokens] += 1
         return Encoded(
             corpus=self.corpus, examples=tuple(examples), sha256=digest,
-            requested=len(rows) if self.file is not None else self.n_examples, dropped=dropped,
-            seed=self.seed, frac=self.frac, n_reference=self.n_reference, pool=pool,
+            requested=len(made.rows) if self.file is not None else self.n_examples,
+            dropped=made.dropped, seed=self.seed, frac=self.frac, n_reference=self.n_reference,
+            pool=made.pool,
         )  # fmt: skip
 
     def test_dataloader(self) -> OneBatch[Probes]:
