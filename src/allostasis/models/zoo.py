@@ -298,3 +298,13 @@ def find(
     found = weights.find(name, source=source, revision=revision, dtype_of=dtype_of)
     check_supported(found.folder)
     return found, dtype_of(n_parameters(found.folder))
+
+
+def find_tokenizer(
+    name: str | None, *, source: str | None = None, revision: str | None = None
+) -> tuple[Any, str]:
+    """A model's tokenizer alone, and its SHA-256; found where the model would be, see `find`."""
+    dtype_of = choose_dtype("auto", torch.device("cpu"))
+    found = weights.find(name, source=source, revision=revision, dtype_of=dtype_of)
+    tokenizer = _tokenizer(found.folder)
+    return tokenizer, _tokenizer_sha256(tokenizer)

@@ -71,15 +71,15 @@ class Asker:
         self._prompts: dict[str, tuple[int, ...]] = {}
 
     def prompt(self, text: str) -> tuple[int, ...]:
-        """Tokens of a prompt."""
+        """Tokens of a text."""
         if text not in self._prompts:
             self._prompts[text] = tuple(self._encode(text))
         return self._prompts[text]
 
-    def answer(self, prompt: str, answer: str) -> tuple[int, ...] | None:
-        """What an answer adds to a prompt's tokens; None if it changes those before it."""
-        before, whole = self.prompt(prompt), tuple(self._encode(prompt + answer))
-        return whole[len(before) :] if whole[: len(before)] == before else None
+    def answer(self, prompt: str, answer: str) -> tuple[int, ...]:
+        """What an answer adds to a prompt's tokens; nothing if it changes those before it."""
+        before, whole = self.prompt(prompt), self.prompt(prompt + answer)
+        return whole[len(before) :] if whole[: len(before)] == before else ()
 
     def length(self, word: str) -> int:
         """Tokens of a word after a space."""
@@ -87,19 +87,30 @@ class Asker:
 
     def ask(self, row: Asked) -> Tokens | Reason:
         """A row's tokens, or the first reason for which it cannot be asked."""
+        for reason in REASONS:
+            if self.is_so(reason, row):
+                return reason
+        return Tokens(
+            self.prompt(row.clean), self.prompt(row.corrupt),
+            self.answer(row.clean, row.target), self.answer(row.clean, row.foil),
+        )  # fmt: skip
+
+    def is_so(self, reason: Reason, row: Asked) -> bool:
+        """Whether a reason to drop a row holds, whatever others do."""
         target, foil = self.answer(row.clean, row.target), self.answer(row.clean, row.foil)
-        if not target or (len(target) > 1 and not self.spans):
-            return "multi_token_target"
-        if not foil or (len(foil) > 1 and not self.spans):
-            return "multi_token_foil"
-        if target[0] == foil[0]:
-            return "shared_first_token"
         clean, corrupt = self.prompt(row.clean), self.prompt(row.corrupt)
-        if len(clean) != len(corrupt):
-            return "length_mismatch"
-        if self.unknown in {*clean, *corrupt, *target, *foil}:
-            return "unknown_token"
-        return Tokens(clean, corrupt, target, foil)
+        if reason == "multi_token_target":
+            return not self._is_answer(target)
+        if reason == "multi_token_foil":
+            return not self._is_answer(foil)
+        if reason == "shared_first_token":
+            return target[:1] == foil[:1] != ()
+        if reason == "length_mismatch":
+            return len(clean) != len(corrupt)
+        return self.unknown in {*clean, *corrupt, *target, *foil}
+
+    def _is_answer(self, tokens: tuple[int, ...]) -> bool:
+        return len(tokens) == 1 or (self.spans and len(tokens) > 1)
 
 
 @dataclass(frozen=True)

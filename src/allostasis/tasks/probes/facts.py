@@ -1,7 +1,8 @@
-"""Facts: capitals, opposites, young animals, what comes after, sums of two numbers, colours."""
+"""Facts: capitals, opposites, young animals, what comes next, sums of two numbers, colours."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +45,10 @@ OPPOSITES = read_facts("""
     clean: dirty, strong: weak, thick: thin, wide: narrow, deep: shallow, loud: quiet, left: right
     north: south, east: west, inside: outside, alive: dead, rough: smooth, first: last
     heavy: light, cheap: expensive, easy: difficult, safe: dangerous, sharp: dull, public: private
-    brave: cowardly, asleep: awake, guilty: innocent, simple: complex, legal: illegal
+    asleep: awake, guilty: innocent, simple: complex, legal: illegal, fresh: stale, tight: loose
+    positive: negative, visible: invisible, ancient: modern, above: below, before: after
+    male: female, possible: impossible, bitter: sweet, absent: present, temporary: permanent
+    minimum: maximum, active: passive, ugly: beautiful, odd: even, generous: selfish, near: far
 """)
 YOUNG = read_facts("""
     dog: puppy, cat: kitten, cow: calf, elephant: calf, whale: calf, dolphin: calf, lion: cub
@@ -52,13 +56,17 @@ YOUNG = read_facts("""
     sheep: lamb, goat: kid, hen: chick, chicken: chick, penguin: chick, bird: chick, horse: foal
     donkey: foal, zebra: foal, kangaroo: joey, deer: fawn, duck: duckling, pig: piglet
     buffalo: calf, moose: calf, cheetah: cub, fox: cub, bat: pup, rat: pup, raccoon: kit
-    rabbit: kit, parrot: chick
+    rabbit: kit, parrot: chick, otter: pup, camel: calf, giraffe: calf, rhino: calf, hippo: calf
+    sparrow: chick, gull: chick, beaver: kit, skunk: kit, ferret: kit, badger: cub, hyena: cub
+    pony: foal, mule: foal, ewe: lamb, walrus: pup, yak: calf, flamingo: chick, wallaby: joey
+    koala: joey, jaguar: cub, lynx: kit
 """)
 MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September",
     "October", "November", "December",
 )  # fmt: skip
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NUMBERS = (
     "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
     "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
@@ -70,12 +78,15 @@ COLOURS = read_facts("""
     coal: black, crow: black, raven: black, tar: black, blood: red, strawberry: red, cherry: red
     tomato: red, ruby: red, rose: red, carrot: orange, pumpkin: orange, chocolate: brown
     soil: brown, coffee: brown, mud: brown, emerald: green, sapphire: blue, swan: white
-    flour: white
+    flour: white, peas: green, moss: green, pickle: green, fire truck: red, lobster: red, brick: red
+    ketchup: red, mustard: yellow, canary: yellow, sunflower: yellow, daisy: white, bone: white
+    paper: white, toast: brown, bear: brown, wood: brown, ink: black, tire: black, night: black
+    plum: purple, grape: purple, lavender: purple, violet: purple, pig: pink, flamingo: pink
 """)
 
 
 def _after(names: Sequence[str]) -> dict[str, str]:
-    return {name: names[(i + 1) % len(names)] for i, name in enumerate(names)}
+    return dict(itertools.pairwise(names))
 
 
 SUMS = {
@@ -83,7 +94,7 @@ SUMS = {
 }
 # what follows in the same row is never another fact's answer: days go with days
 KNOWN: Mapping[str, Sequence[Facts]] = {
-    "after": (_after(MONTHS), _after(DAYS)),
+    "after": (_after(MONTHS), _after(DAYS), _after(LETTERS), _after(NUMBERS)),
     "capital": (CAPITALS,),
     "colour": (COLOURS,),
     "opposite": (OPPOSITES,),
@@ -147,9 +158,13 @@ def entities(family: str, length: Length) -> Iterator[Block]:
 
 def _pairs(family: str, length: Length) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
     """Entities of one length and unlike answers that neither prompt mentions, two by two."""
-    sizes = Counter(length(entity) for facts in KNOWN[family] for entity in facts)
-    for facts in KNOWN[family]:
-        waiting = [x for x in hashed(facts, family) if sizes[length(x)] >= LEAST]
+    askable = [
+        {entity: answer for entity, answer in facts.items() if length(answer) == 1}
+        for facts in KNOWN[family]
+    ]
+    sizes = Counter(length(entity) for facts in askable for entity in facts)
+    for facts in askable:
+        waiting = [entity for entity in hashed(facts, family) if sizes[length(entity)] >= LEAST]
         while waiting:
             first = waiting.pop(0)
             for second in waiting:

@@ -29,6 +29,8 @@ FAMILIES: Mapping[Corpus, Mapping[str, Family]] = {
     },
 }
 FEWEST = 60
+RESERVED = 0.3
+"""Part of a family's groups that is taken only after all others were taken twice; for `val`."""
 
 
 @dataclass
@@ -58,8 +60,8 @@ def generate(corpus: Corpus, asker: Asker, *, n: int, n_val: int = 0, n_pool: in
         corpus: Which one.
         asker: The tokenizer.
         n: Rows wanted, all splits together.
-        n_val: Rows of `val` that every cell shall have at least; what is missing is made from
-            groups that are in no split, beyond `n`.
+        n_val: Groups of `val` that every cell shall have at least; what is missing is made beyond
+            `n`, from groups that are in no split.
         n_pool: Further prompts of each row's form and length, in no row.
 
     Raises:
@@ -105,19 +107,23 @@ def _check(corpus: Corpus, stocks: Mapping[str, Stock], made: Generated, n: int)
 
 def _extend(corpus: Corpus, stock: Stock, n_val: int, made: Generated) -> None:
     """Make rows of `val` from groups that are in no split, as far as there are any."""
+    stock.release()
     elsewhere = {row.group or "" for row in made.rows if made.splits[row.id] != "val"}
-    held = Counter(row.cell for row in made.rows if made.splits[row.id] == "val")
-    while any(held[cell] < n_val for cell in stock.cells):
-        drafts = [
-            draft
-            for kind in stock.kinds
-            if any(held[cell] < n_val for cell in kind[1:])
-            for draft in stock.next(kind, without=elsewhere) or ()
-        ]
-        if not drafts:
+    held: dict[str, set[str]] = defaultdict(set)
+    for row in made.rows:
+        if made.splits[row.id] == "val":
+            held[row.cell or ""].add(row.group or "")
+    for kind in itertools.cycle(stock.kinds):
+        short = {kind for kind in stock.kinds if any(len(held[c]) < n_val for c in kind[1:])}
+        if short <= stock.spent:
             return
-        held.update(draft.cell for draft in drafts)
-        made.splits |= {row.id: "val" for row in _number(corpus, drafts, made)}
+        if kind not in short - stock.spent:
+            continue
+        no_news = set.intersection(*(held[cell] for cell in kind[1:]))
+        block = stock.next(kind, without=elsewhere | no_news) or ()
+        made.splits |= {row.id: "val" for row in _number(corpus, block, made)}
+        for draft in block:
+            held[draft.cell].add(draft.group)
 
 
 class Stock:
@@ -132,6 +138,7 @@ class Stock:
         cells: Every cell of the family.
         kinds: Templates with the cells of their blocks.
         taken: Rows that were taken.
+        spent: Kinds of which no block is left.
     """
 
     def __init__(self, family: Family, asker: Asker, made: Generated) -> None:
@@ -143,24 +150,25 @@ class Stock:
         self._offered = {kind: tuple(blocks) for kind, blocks in self._left.items()}
         self.cells = sorted({cell for kind in self.kinds for cell in kind[1:]})
         self.taken: list[Draft] = []
+        self.spent: set[tuple[str, ...]] = set()
+        groups = [*dict.fromkeys(b[0].group for bs in self._left.values() for b in bs)]
         self._used: Counter[str] = Counter()
+        self._reserved = Counter(dict.fromkeys(groups[round(len(groups) * (1 - RESERVED)) :], 2))
         self._said: set[str] = set()
         self._usual: dict[Form, bool] = {}
 
     def take(self, n: int) -> list[Draft]:
         """At most `n` rows, a block of two from each kind in turn."""
         found: list[Draft] = []
-        kinds = list(self.kinds)
-        while kinds and len(found) + 2 <= n:
-            for kind in list(kinds):
-                block = self.next(kind)
-                if block is None:
-                    kinds.remove(kind)
-                    continue
-                found += block
-                if len(found) + 2 > n:
-                    break
+        for kind in itertools.cycle(self.kinds):
+            if len(found) + 2 > n or self.spent.issuperset(self.kinds):
+                break
+            found += self.next(kind) or ()
         return found
+
+    def release(self) -> None:
+        """Let reserved groups be taken as any other."""
+        self._reserved.clear()
 
     def next(self, kind: tuple[str, ...], without: Collection[str] = ()) -> Block | None:
         """The next block of a kind that can be asked, of a group taken least often.
@@ -170,11 +178,11 @@ class Stock:
             without: Groups that are not to be taken.
 
         Returns:
-            The block; None if there is none.
+            The block; None if there is none, and the kind is spent.
         """
-        blocks = self._left[kind]
+        blocks, used = self._left[kind], self._used + self._reserved
         open_ = [block for block in blocks if block[0].group not in without]
-        for block in sorted(open_, key=lambda block: self._used[block[0].group]):
+        for block in sorted(open_, key=lambda block: used[block[0].group]):
             blocks.remove(block)
             reasons = [why for draft in block if isinstance(why := self._asker.ask(draft), str)]
             self._made.dropped.update(reasons)
@@ -184,6 +192,7 @@ class Stock:
                 self._said |= {draft.clean for draft in block}
                 self.taken += block
                 return block
+        self.spent.add(kind)
         return None
 
     def _is_usual(self, kind: tuple[str, ...], block: Block) -> bool:

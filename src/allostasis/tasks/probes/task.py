@@ -13,7 +13,7 @@ from allostasis.tasks.one_batch import Encode, OneBatch, Tokenizer
 from allostasis.tasks.probes.encoded import Asker, Encoded, Example, Tokens
 from allostasis.tasks.probes.generate import Generated, generate
 from allostasis.tasks.probes.rows import Corpus, data_hash, read, records
-from allostasis.tasks.probes.splits import assign
+from allostasis.tasks.probes.splits import assign, read_splits, split_path
 
 
 class Probes(L.LightningDataModule):
@@ -25,11 +25,12 @@ class Probes(L.LightningDataModule):
         seed: The run's seed.
         corpus: Which corpus.
         n_examples: Rows to make for the model's tokenizer, all splits together.
-        n_val: Rows of `val` that every cell shall have at least; what `n_examples` leaves missing
+        n_val: Groups of `val` that every cell shall have at least; what `n_examples` leaves missing
             is made from groups that are in no split.
         frac: Part of the measured split that the seed draws, by group.
         n_reference: Prompts that a mean ablation averages over, at most.
-        file: Rows of your own instead, as JSON lines; `corpus` is then only a name.
+        file: Rows of your own instead, as JSON lines, with the splits that lie beside them if there
+            are any; `corpus` is then only a name.
         spans: Whether answers of several tokens are kept, for `full_span`.
 
     Raises:
@@ -42,7 +43,7 @@ class Probes(L.LightningDataModule):
         seed: int,
         corpus: Corpus,
         n_examples: Annotated[int, Ge(60), Le(2000)] = 240,
-        n_val: Annotated[int, Ge(0), Le(200)] = 12,
+        n_val: Annotated[int, Ge(0), Le(200)] = 10,
         frac: Annotated[float, Gt(0), Le(1)] = 0.8,
         n_reference: Annotated[int, Ge(8), Le(1000)] = 16,
         file: str | None = None,
@@ -69,13 +70,16 @@ class Probes(L.LightningDataModule):
             The same rows for the same tokenizer, whatever process makes them.
 
         Raises:
-            ValueError: Too few rows can be asked under this tokenizer.
+            ValueError: Too few rows can be asked under this tokenizer, or the file is not the one
+                that was split.
         """
         asker = Asker(encode, unknown=tokenizer.unk_token_id, spans=self.spans)
         if self.file is not None:
-            rows = read(Path(self.file))
-            made = Generated(rows, assign(rows))
-            digest = data_hash(records(Path(self.file)))
+            path = Path(self.file)
+            rows = read(path)
+            is_split = split_path(path).is_file()
+            made = Generated(rows, read_splits(path, rows) if is_split else assign(rows))
+            digest = data_hash(records(path))
         else:
             made = generate(
                 self.corpus, asker, n=self.n_examples, n_val=self.n_val, n_pool=self.n_reference
