@@ -35,7 +35,8 @@ Span = Literal["first_token", "full_span"]
 Keep = Literal["all", "none"] | Annotated[int, Ge(1)]
 
 OPS: dict[Ablation, Op] = {"zero": "scale", "mean": "mean", "resample": "resample"}
-SPLITS = ("train", "test")
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 """Heads are chosen on the first and measured on the second."""
 
 
@@ -93,6 +94,8 @@ class HeadLab(L.LightningModule):
         verify: What of it is re-checked.
     """
 
+    splits: tuple[Split, ...] = SPLITS
+
     def __init__(
         self,
         *,
@@ -147,7 +150,7 @@ class HeadLab(L.LightningModule):
         """The whole sweep; gives the tables that the run keeps."""
         del batch_idx
         self.corpus: Corpus = batch.build(self.model.encode, self.model.tokenizer)
-        drawn = [example for split in SPLITS for example in self.corpus.drawn(split)]
+        drawn = [example for split in self.splits for example in self.corpus.drawn(split)]
         self.asked = Asked(self.corpus, drawn, seed=self.task.seed)
         self._tell()
         self.planned = self.plan()
@@ -167,10 +170,10 @@ class HeadLab(L.LightningModule):
             else None,
         }
         verified = self._verify(swept)
-        made = self.read(self._readings(swept, self.planned))
+        made = self.collect(swept, self.planned)
         noise = self.facts.get("verify", {}).get("below_noise", [])
         kinds = made["interventions"]
-        made["interventions"] = kinds.assign(below_noise=kinds["intervention"].isin(noise))
+        made["interventions"] = kinds.assign(below_noise=kinds["unit"].isin(noise))
         return {"tables": made | verified}
 
     def mark(self, readings: Readings) -> dict[str, str]:
@@ -200,7 +203,11 @@ class HeadLab(L.LightningModule):
             return {}
         done = sorted(self.planned, key=lambda each: each.unit.layer)[: self._finished]
         swept = self._sweep([each.unit for each in done], None)
-        return self.read(self._readings(swept, done))
+        return self.collect(swept, done)
+
+    def collect(self, swept: Swept, planned: Sequence[Planned]) -> dict[str, pd.DataFrame]:
+        """Tables of what was swept."""
+        return self.read(tables.readings(self.asked, planned, swept, with_span=self.with_span))
 
     def _sweep(self, units: Sequence[Unit], progress: Any) -> Swept:
         return sweep(
@@ -222,19 +229,28 @@ class HeadLab(L.LightningModule):
         kept = {k: facts[k] for k in ("weights_sha256", "prepend_bos") if k in facts}
         return f"{kept} {self.corpus.sha256} {vars(self.engine)} {self.trajectory}"
 
-    def _readings(self, swept: Swept, planned: Sequence[Planned]) -> Readings:
-        return tables.readings(self.asked, planned, swept, with_span=self.with_span)
-
     def _verify(self, swept: Swept) -> dict[str, pd.DataFrame]:
         """A sample of the sweep done again; the run fails where it is off."""
         if not self.check.units:
             return {}
-        found = verify_slice(
-            self.model, self.asked.rows, swept, seed=derive(self.task.seed, "verify"),
-            sources=self.asked.sources(swept.units), precision=self.engine.precision,
-            n_units=min(self.check.units, len(swept.units)), n_prompts=self.check.prompts,
-            atol=None if self.check.atol == "auto" else self.check.atol,
-        )  # fmt: skip
+        sources = self.asked.sources(swept.units)
+        settings = self.verify_settings(swept)
+        return self.note_verified(
+            verify_slice(self.model, self.asked.rows, swept, sources=sources, **settings)
+        )
+
+    def verify_settings(self, swept: Swept) -> dict[str, Any]:
+        """How much is done again, and how exactly."""
+        return {
+            "seed": derive(self.task.seed, "verify"),
+            "precision": self.engine.precision,
+            "n_units": min(self.check.units, len(swept.units)),
+            "n_prompts": self.check.prompts,
+            "atol": None if self.check.atol == "auto" else self.check.atol,
+        }
+
+    def note_verified(self, found: dict[str, Any]) -> dict[str, pd.DataFrame]:
+        """Keep what was done again: its outcome for run.json, its rows as a table."""
         self.facts["verify"] = {k: v for k, v in found.items() if k != "rows"}
         return {"verify": pd.DataFrame(found["rows"])}
 
@@ -246,7 +262,7 @@ class HeadLab(L.LightningModule):
             "model is one and the same",
         }
         self._data = self.corpus.data() | {
-            "measured": {split: len(self.asked.at(split)) for split in SPLITS}
+            "measured": {split: len(self.asked.at(split)) for split in self.splits}
         }
 
     # ------------------------------------------------------------------ heads
