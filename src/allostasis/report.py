@@ -4,6 +4,7 @@ Try:
   python -m allostasis.report outputs/grokking              one experiment
   python -m allostasis.report outputs                       all of them
   python -m allostasis.report RUN --export audit --to DIR   audit.json under the documents' name
+  python -m allostasis.report RUN --export lab --to DIR     the head lab's tables in their shapes
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for folder in words.folders:
             runs = _runs(folder)
-            if words.export:
+            if words.export == "audit":
                 _export(runs, words.to)
+            elif words.export == "lab":
+                _export_lab(runs, words.to)
             else:
-                _report(folder, runs)
+                _report(folder, runs, allow_mixed=words.allow_mixed)
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
@@ -59,8 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         help="outputs, one experiment's folder in it, or one run's folder",
     )  # fmt: skip
     parser.add_argument(
-        "--export", choices=["audit"], help="copy each run's audit.json instead of reporting"
-    )
+        "--export", choices=["audit", "lab"],
+        help="write each run's audit.json, or its tables as the lab documents have them, instead",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-mixed", action="store_true",
+        help="compare conditions whose runs differ in weights, BOS, dtype, settings or commit",
+    )  # fmt: skip
     parser.add_argument(
         "--to", type=Path, default=Path(), metavar="DIR", help="where to copy it (default: here)"
     )
@@ -87,24 +95,31 @@ def _runs(folder: Path) -> list[RunRecord]:
     return runs
 
 
-def _report(folder: Path, records: Sequence[RunRecord]) -> None:
+def _report(folder: Path, records: Sequence[RunRecord], *, allow_mixed: bool) -> None:
     from allostasis.analysis import document
     from allostasis.analysis.aggregate import IdenticalArmsError
     from allostasis.analysis.claims import ClaimError
+    from allostasis.analysis.cross_condition import MixedRunsError
     from allostasis.analysis.curves import RunView
 
     views = [RunView(record) for record in records]
+    artefacts: list[Path] = []
+    studies: list[Study] = []
     try:
-        studies = [
-            document.study(exp, group, _extension(exp, views), subject=subject)
-            for exp, subject, group in _by_subject(views)
-        ]
-    except (ClaimError, IdenticalArmsError) as error:
+        for exp, subject, group in _by_subject(views):
+            extension = _extension(exp, views)
+            study = document.study(exp, group, extension, subject=subject)
+            studies.append(study)
+            if extension.artefacts is not None:
+                own = [view.record for view in group]
+                home = folder / "report" / "cross_condition" / study.anchor
+                artefacts += extension.artefacts(own, home, allow_mixed)
+    except (ClaimError, IdenticalArmsError, MixedRunsError) as error:
         raise UsageError(str(error)) from error
     about = ", ".join(dict.fromkeys(study.subject for study in studies if study.subject))
     title = f"Report on {folder.resolve().name}{f': {about}' if about else ''}"
     written = document.write(title, studies, folder / "report")
-    _print(studies, written)
+    _print(studies, [*written, *artefacts])
 
 
 def _by_subject(views: Sequence[RunView]) -> Iterator[tuple[str, str, list[RunView]]]:
@@ -139,7 +154,8 @@ def _extension(exp: str, views: Sequence) -> Extension:
     if importlib.util.find_spec(f"{package}.report") is None:
         return Extension(folder, registered)
     module = importlib.import_module(f"{package}.report")
-    return Extension(folder, registered, module.figures, module.tables)
+    artefacts = getattr(module, "artefacts", None)
+    return Extension(folder, registered, module.figures, module.tables, artefacts)
 
 
 def _print(studies: Sequence[Study], written: Sequence[Path]) -> None:
@@ -171,6 +187,24 @@ def _row(result: Result) -> tuple[str, str, str, str]:
     found = "" if result.inference is None else number(result.inference.estimate)
     found += "" if result.interval is None else f" {bracket(result.interval)}"
     return result.claim.id, word, found, result.verdict.reason if word == "undecided" else ""
+
+
+def _export_lab(runs: Sequence[RunRecord], folder: Path) -> None:
+    """Write each run of the head lab in the shapes of the lab documents."""
+    from allostasis.analysis import lab_export
+
+    for record in runs:
+        if not str(record.run["exp"]).startswith("heads_"):
+            raise UsageError(
+                f"{record.folder}: '{record.run['exp']}' is no experiment of the head lab; those "
+                "are heads_zero, heads_pairs, heads_patch and heads_ov"
+            )
+        try:
+            written = lab_export.export(record, folder)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        for path in written:
+            print(path)
 
 
 def _export(runs: Sequence[RunRecord], folder: Path) -> None:

@@ -116,14 +116,17 @@ def _open(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) -> 
 
 
 def _read_first(cfg: DictConfig, folder: Path) -> dict[str, RunRecord]:
-    """The finished runs of other arms that this one reads; those that are missing are made.
+    """The finished runs of other arms or experiments that this one reads; the missing are made.
 
     This run is built once before, so that what is wrong with it is told before others are made.
     """
-    conditions = cfg.module.get("reads") or []
-    if conditions:
+    conditions, exp = cfg.module.get("reads") or [], cfg.module.get("top_k_from")
+    if conditions or exp:
         _build_all(cfg)
-    return {c: locate.finished(cfg, c, run, beside=folder) for c in conditions}
+    found = {c: locate.finished(cfg, c, run, beside=folder) for c in conditions}
+    if exp:
+        found[exp] = locate.finished(cfg, cfg.condition, run, beside=folder, exp=exp)
+    return found
 
 
 def _work(

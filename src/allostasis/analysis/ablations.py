@@ -133,7 +133,7 @@ def estimate(rows: pd.DataFrame, values: Column | Pair) -> Estimate:
     interval, reason = None, ""
     try:
         if isinstance(values, tuple):
-            interval = _ratio_interval(*pair)
+            interval = ratio_interval(*pair)
         else:
             value = float(totals.means.mean())
             interval = _mean_interval(totals.means)
@@ -149,8 +149,12 @@ def _mean_interval(values: np.ndarray) -> Interval:
     return st.RatioBootstrap(values, np.ones_like(values)).interval(LEVEL)
 
 
-def _ratio_interval(above: np.ndarray, below: np.ndarray) -> Interval:
-    """Interval of a ratio of sums over clusters, by the rule that claims follow."""
+def ratio_interval(above: np.ndarray, below: np.ndarray) -> Interval:
+    """Interval of a ratio of sums over clusters, by the rule that claims follow.
+
+    Raises:
+        UndefinedError: There is one cluster, or the denominator may be 0.
+    """
     estimate = above.sum() / below.sum()
     if len(above) < 2 or np.ptp(above - estimate * below) == 0:
         one = "one cluster has no interval"

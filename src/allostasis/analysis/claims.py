@@ -90,6 +90,12 @@ class Arms(Part):
     control: str | None = None
 
 
+SetKind = Literal[
+    "single", "pair", "all", "random", "published", "suppressor", "named", "named pair", "restored"
+]
+"""Kinds of sets of heads: of `ioi` the first five, of the head lab the last four."""
+
+
 class Select(Part):
     """Columns of the records that pick one curve, or one intervention on prompts.
 
@@ -110,7 +116,7 @@ class Select(Part):
     head: int | None = None
     position: int | None = None
     ablation: Literal["zero", "mean", "resample"] | None = None
-    set: Literal["single", "pair", "all", "random", "published"] | None = None
+    set: SetKind | None = None
     intervention: str | None = None
     depth: int | Literal["late"] | None = None
 

@@ -53,13 +53,14 @@ class Totals:
         return self.numerators / self.denominators
 
 
-def prompts(arm: Arm, table: Table, select: Select) -> pd.DataFrame:
+def prompts(arm: Arm, table: Table, select: Select, *, split: str | None = None) -> pd.DataFrame:
     """Rows of an arm's runs that a claim selects; one intervention counts once a prompt.
 
     Args:
         arm: The arm.
         table: Which records.
         select: Ablation, set or intervention, and, of `depths`, one depth.
+        split: Which prompts; all where None.
 
     Raises:
         UndefinedError: There are no such records, or no such rows in them.
@@ -71,6 +72,8 @@ def prompts(arm: Arm, table: Table, select: Select) -> pd.DataFrame:
     }
     if isinstance(select.depth, int):
         columns["depth"] = select.depth
+    if split is not None:
+        columns["split"] = split
     found: list[pd.DataFrame] = []
     for run in arm.runs:
         rows = run.prompts(table)
@@ -159,7 +162,7 @@ def samples(claim: Claim, arm: Arm) -> dict[str, Sample]:
     assert summary.prompts is not None
     if not arm.runs:
         raise UndefinedError("no finished run")
-    rows = prompts(arm, summary.prompts, claim.select)
+    rows = prompts(arm, summary.prompts, claim.select, split=claim.estimand.split)
     if claim.estimand.of == "geometric_ratio":
         return {"": _by_layer(arm, rows, summary.of_prompts(rows))}
     takes_mean = claim.estimand.of == "mean"

@@ -198,7 +198,10 @@ class RunView:
             path = self.record.folder / f"{table}.parquet"
             if not path.is_file():
                 raise UndefinedError(f"{table}.parquet was not recorded")
-            self._prompts[table] = pq.read_table(path).to_pandas()
+            rows = pq.read_table(path).to_pandas()
+            # the lab's records say group, as its corpora do
+            rows = rows.rename(columns={"group": "cluster"})
+            self._prompts[table] = rows.astype({"cluster": str})
         return self._prompts[table]
 
     @cached_property

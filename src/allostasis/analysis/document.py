@@ -24,7 +24,7 @@ from allostasis.analysis.tables import Table, exploratory
 from allostasis.analysis.text import cell
 from allostasis.analysis.verdicts import Result, judge
 from allostasis.analysis.wording import Block, blocks
-from allostasis.core.records import write_atomically, write_json
+from allostasis.core.records import RunRecord, write_atomically, write_json
 
 WORDS = ("supported", "refuted", "equivalent", "undecided")
 
@@ -38,12 +38,15 @@ class Extension:
         claims: Its claims.
         figures: Makes figures of the arms shown.
         tables: Makes tables of them.
+        artefacts: Writes files of its own from the runs into a folder; its last argument is whether
+            runs may differ that are compared.
     """
 
     folder: Path
     claims: list[Claim]
     figures: Callable[[Sequence[Arm]], list[Figure]] | None = None
     tables: Callable[[Sequence[Arm]], list[Table]] | None = None
+    artefacts: Callable[[Sequence[RunRecord], Path, bool], list[Path]] | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,22 @@ def total_effect(examples: pd.DataFrame) -> Column:
     return column(examples, "te")
 
 
+def logit_diff_change(examples: pd.DataFrame) -> Column:
+    """Change of the logit difference, intervened minus clean; above 0: the heads suppressed."""
+    return column(examples, "ld") - column(examples, "ld_clean")
+
+
+def interaction(examples: pd.DataFrame) -> Column:
+    """What a set of heads does beyond its parts (I), logit; above 0: more than one by one."""
+    return column(examples, "interaction")
+
+
+def recovery(examples: pd.DataFrame) -> Pair:
+    """Of the effect of a set, the share that putting one head back undoes; 1: all of it."""
+    whole = column(examples, "ld_set")
+    return column(examples, "ld") - whole, column(examples, "ld_clean") - whole
+
+
 def effect_over_clean(examples: pd.DataFrame) -> Pair:
     """Change of the logit difference as a share of the clean one; -1: all of it is lost."""
     return column(examples, "te"), column(examples, "ld_clean")

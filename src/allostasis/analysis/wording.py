@@ -135,6 +135,9 @@ def _selected(select: Select) -> str:
     heads = {
         "all": "all chosen heads", "single": "each chosen head", "pair": "each pair of them",
         "random": "random sets of heads", "published": "the published heads",
+        "suppressor": "the head of layer 0 with the largest effect on train",
+        "named": "the named set", "named pair": "each pair of the named set",
+        "restored": "the named set but for each of its heads",
     }  # fmt: skip
     words = [] if select.ablation is None else [f"{select.ablation} ablation of"]
     words += [heads[select.set]] if select.set is not None else []

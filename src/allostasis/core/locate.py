@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from allostasis.core.config import run_folder
+from allostasis.core.config import conf_dir, run_folder
 from allostasis.core.records import RunRecord, read_run
 
 log = logging.getLogger(__name__)
@@ -44,23 +44,63 @@ def sibling(cfg: DictConfig, condition: str) -> DictConfig:
     return other
 
 
+SHARED = ("ablation", "n_donors", "positions", "span", "trajectory")
+"""Settings that an experiment hands to the one whose run it reads, if both have them."""
+
+
+def of_experiment(cfg: DictConfig, exp: str) -> DictConfig:
+    """The config of another experiment on the same task, model, condition, seed and device.
+
+    It is composed with the preset of the command, and takes over what is `SHARED`.
+
+    Args:
+        cfg: The config of the run that reads, as it was composed.
+        exp: The other experiment's name in conf/exp/.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    words = [f"exp={exp}", f"condition='{cfg.condition}'", f"seed={cfg.seed}"]
+    if HydraConfig.initialized():
+        words.append(f"preset={HydraConfig.get().runtime.choices['preset']}")
+    if GlobalHydra.instance().is_initialized():
+        other = compose("config", words)
+    else:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            other = compose("config", words)
+    with flag_override(other, ["struct", "readonly"], [False, False]):
+        for field in ("task", "model", "device", "threads", "gates", "allow"):
+            other[field] = copy.deepcopy(cfg[field])
+        for name in SHARED:
+            if name in cfg.module and name in other.module:
+                other.module[name] = cfg.module[name]
+    return other
+
+
 def finished(
-    cfg: DictConfig, condition: str, make: Callable[[DictConfig, Path], Any], *, beside: Path
+    cfg: DictConfig,
+    condition: str,
+    make: Callable[[DictConfig, Path], Any],
+    *,
+    beside: Path,
+    exp: str | None = None,
 ) -> RunRecord:
-    """The finished run of another arm; made first where there is none.
+    """The finished run of another arm or experiment; made first where there is none.
 
     Where another process is at that run, this one waits for it.
 
     Args:
         cfg: The config of the run that reads, as it was composed: interpolations not resolved.
         condition: The arm that is read.
+        exp: The experiment that is read, where it is another one.
         make: Does a run of a config in a folder; raises BusyError where another process does.
         beside: The folder of the run that reads; the other one lies in the same outputs/.
 
     Raises:
         RuntimeError: The run was made and did not end as `done`.
     """
-    other = sibling(cfg, condition)
+    other = sibling(cfg, condition) if exp is None else of_experiment(cfg, exp)
     own = run_folder(cfg)
     is_usual = beside.parts[-len(own.parts) :] == own.parts
     root = beside.parents[len(own.parts) - 1] if is_usual else beside.parent

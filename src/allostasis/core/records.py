@@ -152,6 +152,11 @@ class RunRecord:
         return _frame(self.folder / "metrics.parquet", METRICS_SCHEMA)
 
     @cached_property
+    def units(self) -> pd.DataFrame:
+        """metrics.parquet of an experiment that intervenes, with what each row is of."""
+        return _frame(self.folder / "metrics.parquet", UNITS_SCHEMA)
+
+    @cached_property
     def times(self) -> pd.DataFrame:
         """times.parquet: when each recorded step was reached, in Unix seconds."""
         return _frame(self.folder / "times.parquet", TIMES_SCHEMA)

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from allostasis.analysis import statistics as st
+from allostasis.analysis.competence import competence as cells_of
+from allostasis.analysis.competence import recency
 from allostasis.engines.suffix import sweep
 from allostasis.experiments.heads import tables
 from allostasis.experiments.heads.asked import Asked, Corpus
 from allostasis.experiments.heads.tables import Readings
 from allostasis.models.blocks import Decoder
-
-CHANCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Competence:
 
     Attributes:
         baseline: One row an example: those that are measured, and the val split.
-        cells: One row a cell of the val split: accuracy with its interval, whether it is competent.
+        cells: One row a cell of the val split; see `analysis.competence`.
     """
 
     baseline: pd.DataFrame
@@ -41,32 +40,19 @@ class Competence:
     def metric_rows(self) -> Iterator[dict[str, Any]]:
         """How the model does where it could go by which answer was mentioned last."""
         for split, rows in self.baseline.groupby("split"):
-            told = rows[rows["recency"] != 0]
-            if len(told):
+            told = recency(rows)
+            if told["n"]:
                 yield {
                     "metric": "logit_diff.recent", "symbol": "Psi", "unit": "logit",
-                    "split": split, "n": len(told), "n_unique": told["row_id"].nunique(),
-                    "value": float((told["ld"] * told["recency"]).mean()),
+                    "split": split, "n": told["n"], "value": told["ld"],
+                    "ci_low": told["ld_low"], "ci_high": told["ld_high"],
                 }  # fmt: skip
 
 
 def of(decoder: Decoder, corpus: Corpus, readings: Readings) -> Competence:
-    """Run the untouched model on the val split, and look at every cell.
-
-    A cell is competent whose accuracy has a lower limit above 1/2, exactly and at 95 %.
-    """
+    """Run the untouched model on the val split, and look at every cell."""
     val = Asked(corpus, corpus.of("val"), seed=0)
     swept = sweep(decoder, val.rows, [])
     seen = tables.baseline(tables.readings(val, [], swept, with_span=False))
-    cells = []
-    for cell, rows in seen.groupby("cell"):
-        right, n = int(rows["correct"].sum()), len(rows)
-        limits = st.clopper_pearson(right, n)
-        assert limits.low is not None
-        cells.append({
-            "cell": cell, "n": n, "accuracy": right / n, "ci_low": limits.low,
-            "ci_high": limits.high, "logit_diff": rows["ld"].mean(),
-            "is_competent": limits.low > CHANCE,
-        })  # fmt: skip
     whole = pd.concat([tables.baseline(readings), seen], ignore_index=True)
-    return Competence(whole, pd.DataFrame(cells))
+    return Competence(whole, cells_of(seen))

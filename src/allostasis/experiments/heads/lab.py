@@ -181,6 +181,11 @@ class HeadLab(L.LightningModule):
         del readings
         return {}
 
+    def extra_columns(self, readings: Readings) -> dict[str, np.ndarray]:
+        """Further columns of examples.parquet, [intervention, example]."""
+        del readings
+        return {}
+
     def records(self, readings: Readings) -> dict[str, pd.DataFrame]:
         """interventions.parquet and, as far as they are kept, examples.parquet."""
         marks = self.mark(readings)
@@ -190,7 +195,8 @@ class HeadLab(L.LightningModule):
             log.warning("%s", notice)
             self.facts["examples"] = notice
         if keep:
-            made["examples"] = tables.examples(readings, keep, marks)
+            extra = self.extra_columns(readings)
+            made["examples"] = tables.examples(readings, keep, marks, extra)
         return made
 
     def partial(self) -> dict[str, pd.DataFrame]:

@@ -262,13 +262,19 @@ def kept(
     return sorted(marked | {int(index) for index in largest}), notice
 
 
-def examples(found: Readings, keep: Sequence[int], marks: Mapping[str, str]) -> pd.DataFrame:
+def examples(
+    found: Readings,
+    keep: Sequence[int],
+    marks: Mapping[str, str],
+    extra: Mapping[str, np.ndarray] | None = None,
+) -> pd.DataFrame:
     """examples.parquet: one row an example and intervention.
 
     Args:
         found: The readings.
         keep: Which interventions.
         marks: Kinds of set by intervention, where not those of the plan.
+        extra: Further columns, [intervention, example].
     """
     said = baseline(found)[["example", "row_id", "group", "cell", "split", "target_id", "foil_id"]]
     clean = {f"{name}_clean": found.clean[name] for name in OF_CLEAN}
@@ -280,6 +286,7 @@ def examples(found: Readings, keep: Sequence[int], marks: Mapping[str, str]) -> 
             for name, column in COLUMNS.items()
             if column in found.columns
         }
+        now |= {name: values[index] for name, values in (extra or {}).items()}
         what = {"ablation": each.ablation, "intervention": each.intervention}
         what["set"] = marks.get(each.intervention, each.set)
         frames.append(said.assign(**what, **now, **clean))
