@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import lightning as L
+import numpy as np
 import pandas as pd
 import torch
 from annotated_types import Ge, Gt

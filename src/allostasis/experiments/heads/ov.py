@@ -17,11 +17,14 @@ from allostasis.analysis import ov_tokens
 from allostasis.callbacks.progress import Ticker
 from allostasis.engines import ov
 from allostasis.engines.ov import Ends, HeadCircuit, HeadWrite
+from allostasis.engines.suffix import sweep
 from allostasis.engines.verify import kl_of_a_zeroed_layer
-from allostasis.experiments.heads import choices, ov_tables
+from allostasis.experiments.heads import choices, competence, ov_tables
 from allostasis.experiments.heads.asked import Asked, Corpus
 from allostasis.experiments.heads.choices import Layers
+from allostasis.experiments.heads.competence import Competence
 from allostasis.experiments.heads.ov_tables import Report
+from allostasis.experiments.heads.tables import readings
 from allostasis.experiments.heads.vocabulary import Vocabulary
 from allostasis.interventions.ablate import parse_heads
 from allostasis.models.zoo import LanguageModel
@@ -165,8 +168,10 @@ class HeadsOV(L.LightningModule):
         rows = [
             row for report in listed for row in ov_tables.rows(report, listed[report], n[report])
         ]
+        seen = self._competence(asked["test"])
         tables = {
-            "metrics": pd.DataFrame(rows),
+            "metrics": pd.DataFrame([*rows, *seen.metric_rows()]),
+            "baseline": seen.baseline,
             "ov_tokens": tokens.reset_index(drop=True),
             "ov_words": ov_tables.words(tokens),
             "ov_clusters": self._clusters(tokens),
@@ -188,6 +193,12 @@ class HeadsOV(L.LightningModule):
             for report in listed
         }
         return {"tables": tables, "documents": documents}
+
+    def _competence(self, asked: Asked) -> Competence:
+        """What the untouched model can do."""
+        swept = sweep(self.decoder, asked.rows, [])
+        plain = readings(asked, [], swept, with_span=False)
+        return competence.of(self.decoder, asked.corpus, plain)
 
     def _clusters(self, tokens: pd.DataFrame) -> pd.DataFrame:
         """Clusters of the tokens that are listed most, by their rows of the unembedding."""
@@ -237,7 +248,7 @@ class HeadsOV(L.LightningModule):
         """What claims call each head: as published, by what it does on train, or just `head`."""
         own = marked.layer, marked.head
         return [
-            "published" if head in self.published else "suppressor" if head == own else "head"
+            "published" if head in self.published else "writer" if head == own else "head"
             for head in self.heads
         ]
 

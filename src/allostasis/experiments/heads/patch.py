@@ -29,6 +29,7 @@ from allostasis.experiments.heads.patch_plan import (
     windows_of,
 )
 from allostasis.experiments.heads.tables import Planned, Readings
+from allostasis.experiments.heads.vocabulary import Vocabulary
 from allostasis.interventions.ablate import ALIGNED, Member, Unit
 from allostasis.models.zoo import LanguageModel
 from allostasis.tasks.probes.encoded import Example
@@ -303,7 +304,8 @@ class HeadsPatch(HeadLab):
         pairs = patch_tables.Pairs(
             self.asked, clean["ld"][: len(self.asked)], corrupt["ld"][: len(self.asked)], seen
         )
-        made = patch_tables.collect(pairs, found, self.keep_examples)
+        vocabulary = Vocabulary(self.model.tokenizer, self.decoder.n_vocab)
+        made = patch_tables.collect(pairs, found, self.keep_examples, vocabulary.text)
         self.facts["pairs"] = pairs.facts(self.corpus.data())
         self._summary = patch_tables.summary(pairs, made["metrics"], made["interventions"])
         return made

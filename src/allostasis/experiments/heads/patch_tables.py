@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -112,9 +112,19 @@ def directed(planned: Sequence[Planned], direction: Direction) -> list[Planned]:
 
 
 def collect(
-    pairs: Pairs, found: Mapping[Direction, Readings], keep_examples: Any
+    pairs: Pairs,
+    found: Mapping[Direction, Readings],
+    keep_examples: Any,
+    text: Callable[[int], str],
 ) -> dict[str, pd.DataFrame]:
-    """All tables of a run."""
+    """All tables of a run.
+
+    Args:
+        pairs: What is patched.
+        found: Readings by direction.
+        keep_examples: Interventions whose single examples are kept.
+        text: How a token reads.
+    """
     every = np.arange(len(pairs.asked))
     splits = {SPLIT: every, COMPETENT: pairs.competent}
     rows = [row for name in found for row in _metric_rows(name, found[name], splits)]
@@ -127,7 +137,7 @@ def collect(
         "interventions": pd.concat(
             [tables.interventions(readings, {}) for readings in found.values()], ignore_index=True
         ),
-        "positions": _positions(pairs.asked),
+        "positions": _positions(pairs.asked, text),
     }
     examples = [_examples(pairs, name, found[name], keep_examples) for name in found]
     if kept := [frame for frame in examples if frame is not None]:
@@ -222,7 +232,7 @@ def _examples(
     )
 
 
-def _positions(asked: Asked) -> pd.DataFrame:
+def _positions(asked: Asked, text: Callable[[int], str]) -> pd.DataFrame:
     """positions.parquet: tokens of all prompts by distance from the end, with how often each."""
     counts: dict[tuple[int, int], int] = {}
     for example in cast("Sequence[Example]", asked.examples):
@@ -230,7 +240,8 @@ def _positions(asked: Asked) -> pd.DataFrame:
             for back, token in enumerate(reversed(prompt), start=1):
                 counts[-back, token] = counts.get((-back, token), 0) + 1
     rows = [
-        {"position": at, "token_id": token, "n": n} for (at, token), n in sorted(counts.items())
+        {"position": at, "token_id": token, "token": text(token), "n": n}
+        for (at, token), n in sorted(counts.items())
     ]
     return pd.DataFrame(rows)
 
