@@ -54,16 +54,50 @@ def calibrate(logit_diff: np.ndarray, first: np.ndarray) -> Calibration:
         >>> found.ece, found.brier
         (0.0, 0.25)
     """
+    return Calibration(*_weighted(logit_diff, first, np.ones((1, len(first))))[0])
+
+
+def limits(
+    logit_diff: np.ndarray, first: np.ndarray, weights: np.ndarray, *, level: float = 0.95
+) -> tuple[Calibration, Calibration]:
+    """Percentile intervals over resamples, with the bins of the whole sample.
+
+    Calibration errors are biased upwards in a resample, as they are in any finite sample.
+
+    Args:
+        logit_diff: Target minus foil, one a prompt.
+        first: Whether the target is presented first.
+        weights: How often each prompt is in each resample, [resample, prompt].
+        level: Nominal coverage.
+
+    Returns:
+        Lower and upper limits.
+    """
+    ends = np.quantile(
+        _weighted(logit_diff, first, weights), [(1 - level) / 2, (1 + level) / 2], axis=0
+    )
+    return Calibration(*ends[0]), Calibration(*ends[1])
+
+
+def _weighted(logit_diff: np.ndarray, first: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The numbers of `Calibration`, in its order, one row a row of weights."""
     signed = np.where(first, logit_diff, -logit_diff)
     p, label = expit(signed), first.astype(float)
     confidence = np.maximum(p, 1 - p)
-    return Calibration(
-        ece=_error(p, label, _equal_width(p)),
-        equal_mass=_error(p, label, _equal_mass(p)),
-        brier=float(((p - label) ** 2).mean()),
-        nll=float(-log_expit(logit_diff).mean()),
-        ece_self=_error(confidence, np.ones_like(p), _equal_width(confidence)),
+    total = weights.sum(axis=1)
+
+    def error(off: np.ndarray, bins: np.ndarray) -> np.ndarray:
+        """Sum over bins of |mean label - mean p|, weighted by their share."""
+        return np.abs(weights @ (off[:, None] * np.eye(BINS)[bins])).sum(axis=1) / total
+
+    columns = (
+        error(label - p, _equal_width(p)),
+        error(label - p, _equal_mass(p)),
+        weights @ (p - label) ** 2 / total,
+        weights @ -log_expit(logit_diff) / total,
+        error(1 - confidence, _equal_width(confidence)),
     )
+    return np.stack(columns, axis=1)
 
 
 def _equal_width(p: np.ndarray) -> np.ndarray:
@@ -75,9 +109,3 @@ def _equal_mass(p: np.ndarray) -> np.ndarray:
     """The bin of each by rank; what is tied goes by its place, since its bins say the same."""
     ranks = np.argsort(np.argsort(p, kind="stable"), kind="stable")
     return ranks * BINS // len(p)
-
-
-def _error(p: np.ndarray, label: np.ndarray, bins: np.ndarray) -> float:
-    """Sum over bins of |mean label - mean p|, weighted by their share."""
-    off = np.bincount(bins, weights=label - p, minlength=BINS)
-    return float(np.abs(off).sum() / len(p))

@@ -216,11 +216,11 @@ def clusters_table(arms: Sequence[Arm]) -> Table:
     rows = []
     for condition, run in runs(arms):
         found = _table(run, "ov_clusters")
-        for cluster, own in found[found["size"] > 1].groupby("cluster"):
+        for (report, cluster), own in found[found["size"] > 1].groupby(["report", "cluster"]):
             first = own.iloc[0]
             members = own.sort_values(["count", "token_id"], ascending=[False, True])["token"]
             rows.append((
-                condition, str(run.seed), str(cluster), str(first["size"]),
+                condition, str(run.seed), str(report), str(cluster), str(first["size"]),
                 visible(first["medoid"]), number(float(first["mean_logit"])),
                 f"{int(own['is_fragment'].sum())}", " ".join(map(visible, members[:10])),
                 f"{number(float(first['silhouette']))} at {number(float(first['threshold']))}",
@@ -229,7 +229,7 @@ def clusters_table(arms: Sequence[Arm]) -> Table:
         raise UndefinedError("no run has clusters of more than one token")
     return Table(
         "Clusters of tokens",
-        ("corpus", "seed", "cluster", "size", "medoid", "mean logit", "fragments", "members",
+        ("corpus", "seed", "report", "cluster", "size", "medoid", "mean logit", "fragments", "members",
          "silhouette at distance"),
         tuple(rows),
         "The tokens that a run lists most, by average linkage of cosine distances between rows of "

@@ -28,7 +28,7 @@ class Quantity:
         metric: Name in the records.
         value: Column that holds the number.
         split: Which prompts.
-        unit: Its unit.
+        unit: What stands beside its scale.
     """
 
     metric: str
@@ -37,8 +37,8 @@ class Quantity:
     unit: str
 
 
-RECOVERY = Quantity("recovery", "value", "test_competent", "1")
-ASYMMETRY = Quantity("asymmetry.oriented", "value", "test_competent", "1")
+RECOVERY = Quantity("recovery", "value", "test_competent", "recovery")
+ASYMMETRY = Quantity("asymmetry.oriented", "value", "test_competent", "recovery")
 SHIFT = Quantity("logit_diff", "delta", "test", "logit")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,36 @@ OTHERS = """
     working , . ? ! : ; ' " - 0 1 2 3 4 5 6 7 8 9
 """
 WORDS = tuple(f"{NAMES} {PLACES} {OBJECTS} {OTHERS}".split())
+PROBES = """
+    France Paris Germany Berlin Italy Rome Spain Madrid Japan Tokyo China Beijing Russia Moscow
+    Egypt Cairo Greece Athens Ireland Dublin Poland Warsaw Peru Lima Cuba Havana Sweden Stockholm
+    Norway Oslo Portugal Lisbon
+    January February March April May June July August September October November December
+    one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen
+    hot cold big small tall short fast slow rich poor young old happy sad hard soft dark light full
+    empty open closed good bad high low wet dry clean dirty strong weak heavy alive dead narrow wide
+    easy sharp dull long late sunny warm
+    dog puppy cat kitten cow calf elephant lion cub bear tiger wolf pup seal sheep lamb goat kid hen
+    chick bird horse foal donkey panda
+    red blue green yellow black white brown orange purple pink
+    banana lemon corn grass frog snow milk coal crow blood tomato carrot sky pumpkin
+    cows rabbits carrots monkeys bananas bears honey birds seeds dogs bones cats fish lions meat
+    horses hay pigs goats leaves mice cheese
+    wug dax blick fep zorp mib tove glorp snark quib plim vorn
+    door window shop gate water soup tea stove glass bottle bag bus road towel shirt kitchen plate
+    car man family town box stone chair room street plant animal tree river bridge bed test question
+    game task knife blade rope story house ship train boat child song girl team
+    A Adding Each Either Every Everybody First Following How If Imagine It Now Since So Somebody
+    Suppose Therefore They This We What You add always are baby be belongs both bought bring brought
+    but by call called capital capitals change city colour comes count did do does each eat every
+    feed for get gives go goes got government has have if in is know known knows land live means
+    must name not novel now on only opposite or own owns people person picks right rule said says
+    see sits so something start still strange sum swapped take takes that then there things think
+    together took total trip turned up usual usually very was what when where which who without
+    word world you after this while
+"""
+"""Words of the probe corpora: as many as let each of their cells be asked."""
 
 _END = "<|endoftext|>"
 _FIRST: dict[Arch, str | None] = {
@@ -67,7 +98,7 @@ def tiny_checkpoint(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = word_tokenizer(arch)
+    tokenizer = word_tokenizer(arch, words=(*WORDS, *PROBES.split()))
     sizes = {"n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_model": d_model}
     config = AutoConfig.for_model(
         arch,
@@ -86,7 +117,7 @@ def tiny_checkpoint(
     return folder
 
 
-def word_tokenizer(arch: Arch) -> Any:
+def word_tokenizer(arch: Arch, *, words: Sequence[str] = WORDS) -> Any:
     """A tokenizer of whole words, digits and punctuation marks; all else is unknown.
 
     A word after a space and the same word without are two tokens. The first and last tokens are
@@ -97,7 +128,8 @@ def word_tokenizer(arch: Arch) -> Any:
 
     first, last = _FIRST[arch], "</s>" if _FIRST[arch] == "<s>" else _END
     special = tuple(dict.fromkeys(token for token in (first, last, "<pad>", "<unk>") if token))
-    pieces = (*special, *WORDS, *(f"▁{word}" for word in WORDS), "▁")
+    each = tuple(dict.fromkeys(words))
+    pieces = (*special, *each, *(f"▁{word}" for word in each), "▁")
     tokenizer = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Metaspace("▁", "never"),

@@ -5,65 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
 from allostasis.core.seeding import derive
 from allostasis.engines.prompts import Prompt, Rows
 from allostasis.interventions.ablate import Unit
-
-
-class Tokens(Protocol):
-    """Token ids of an example: `target` and `foil` are what the answers add to the prompt."""
-
-    @property
-    def clean(self) -> Prompt: ...  # noqa: D102
-    @property
-    def target(self) -> Prompt: ...  # noqa: D102
-    @property
-    def foil(self) -> Prompt: ...  # noqa: D102
-
-
-class Row(Protocol):
-    """What an example says of itself."""
-
-    @property
-    def id(self) -> str: ...  # noqa: D102
-
-
-class Example(Protocol):
-    """One row of a corpus, as `tasks.probes` gives it."""
-
-    @property
-    def example(self) -> int: ...  # noqa: D102
-    @property
-    def row(self) -> Row: ...  # noqa: D102
-    @property
-    def split(self) -> str: ...  # noqa: D102
-    @property
-    def tokens(self) -> Tokens: ...  # noqa: D102
-    @property
-    def target_id(self) -> int: ...  # noqa: D102
-    @property
-    def foil_id(self) -> int: ...  # noqa: D102
-    @property
-    def cell(self) -> str: ...  # noqa: D102
-    @property
-    def group(self) -> str: ...  # noqa: D102
-    @property
-    def recency(self) -> int: ...  # noqa: D102
-
-
-class Corpus(Protocol):
-    """A corpus under one tokenizer."""
-
-    @property
-    def sha256(self) -> str: ...  # noqa: D102
-    def drawn(self, split: str, /) -> Sequence[Example]: ...  # noqa: D102
-    def of(self, split: str, /) -> Sequence[Example]: ...  # noqa: D102
-    def references(self, example: Example, /) -> Sequence[Prompt]: ...  # noqa: D102
-    def data(self) -> dict: ...  # noqa: D102
+from allostasis.tasks.probes.encoded import Encoded, Example
 
 
 @dataclass(frozen=True)
@@ -92,7 +40,7 @@ class Asked:
         seed: The run's seed, which draws donors.
     """
 
-    def __init__(self, corpus: Corpus, examples: Sequence[Example], *, seed: int) -> None:
+    def __init__(self, corpus: Encoded, examples: Sequence[Example], *, seed: int) -> None:
         self.corpus, self.examples, self.seed = corpus, tuple(examples), seed
         self.continuations = [
             Continuation(row, sign, answer[:begin], answer[begin])

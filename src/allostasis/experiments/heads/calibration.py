@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from allostasis.analysis.choice_calibration import calibrate, is_first
+from allostasis.analysis import resampling
+from allostasis.analysis.choice_calibration import calibrate, is_first, limits
 from allostasis.core.seeding import derive
 from allostasis.experiments.heads.tables import Readings, place
 
@@ -26,12 +27,12 @@ def metric_rows(
             continue
         first = is_first(len(at), rng)
         clean = asdict(calibrate(found.clean["ld"][at], first))
-        limits = _limits(found.clean["ld"][at], first, np.array(found.clusters(at)), rng)
+        ends = _limits(found.clean["ld"][at], first, found.clusters(at))
         base = {
             "symbol": "Psi", "split": split, "n": len(at), "n_unique": found.n_unique(at),
         }  # fmt: skip
         for name, value in clean.items():
-            low, high = limits[name]
+            low, high = ends[name]
             yield {
                 **base, "metric": f"choice_calibration.{name}", "unit": UNITS[name],
                 "value": value, "ci_low": low, "ci_high": high,
@@ -47,17 +48,10 @@ def metric_rows(
 
 
 def _limits(
-    logit_diff: np.ndarray, first: np.ndarray, clusters: np.ndarray, rng: np.random.Generator
+    logit_diff: np.ndarray, first: np.ndarray, clusters: list[str]
 ) -> dict[str, tuple[float, float]]:
-    """Percentile intervals over resampled clusters.
-
-    Calibration errors are biased upwards in them, as they are in any finite sample.
-    """
-    names = np.unique(clusters)
-    members = {name: np.flatnonzero(clusters == name) for name in names}
-    drawn = []
-    for _ in range(DRAWS):
-        rows = np.concatenate([members[name] for name in rng.choice(names, size=len(names))])
-        drawn.append([*asdict(calibrate(logit_diff[rows], first[rows])).values()])
-    low, high = np.quantile(np.array(drawn), [0.025, 0.975], axis=0)
-    return {name: (low[i], high[i]) for i, name in enumerate(UNITS)}
+    """Intervals of the clean model's numbers over resampled clusters."""
+    names, index = np.unique(np.asarray(clusters), return_inverse=True)
+    weights = resampling.resamples(len(names), DRAWS)[:, index]
+    low, high = (asdict(end) for end in limits(logit_diff, first, weights))
+    return {name: (low[name], high[name]) for name in UNITS}

@@ -13,9 +13,10 @@ from allostasis.analysis.competence import competence as cells_of
 from allostasis.analysis.competence import recency
 from allostasis.engines.suffix import sweep
 from allostasis.experiments.heads import tables
-from allostasis.experiments.heads.asked import Asked, Corpus
+from allostasis.experiments.heads.asked import Asked
 from allostasis.experiments.heads.tables import Readings
 from allostasis.models.blocks import Decoder
+from allostasis.tasks.probes.encoded import Encoded
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Competence:
                 }  # fmt: skip
 
 
-def of(decoder: Decoder, corpus: Corpus, readings: Readings) -> Competence:
+def of(decoder: Decoder, corpus: Encoded, readings: Readings) -> Competence:
     """Run the untouched model on the val split, and look at every cell."""
     val = Asked(corpus, corpus.of("val"), seed=0)
     swept = sweep(decoder, val.rows, [])

@@ -22,11 +22,12 @@ from allostasis.engines.parts import Parts
 from allostasis.engines.suffix import Precision, Swept, sweep
 from allostasis.engines.verify import kl_of_a_zeroed_layer, verify_slice
 from allostasis.experiments.heads import choices, tables
-from allostasis.experiments.heads.asked import Asked, Corpus
+from allostasis.experiments.heads.asked import Asked
 from allostasis.experiments.heads.choices import Layers
 from allostasis.experiments.heads.tables import Planned, Readings
 from allostasis.interventions.ablate import Member, Op, Unit
 from allostasis.models.zoo import LanguageModel
+from allostasis.tasks.probes.encoded import Encoded
 from allostasis.tasks.probes.task import Probes
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class HeadLab(L.LightningModule):
     def test_step(self, batch: Probes, batch_idx: int) -> dict[str, Any]:
         """The whole sweep; gives the tables that the run keeps."""
         del batch_idx
-        self.corpus: Corpus = batch.build(self.model.encode, self.model.tokenizer)
+        self.corpus: Encoded = batch.build(self.model.encode, self.model.tokenizer)
         drawn = [example for split in self.splits for example in self.corpus.drawn(split)]
         self.asked = Asked(self.corpus, drawn, seed=self.task.seed)
         self._tell()

@@ -20,7 +20,7 @@ from allostasis.engines.ov import Ends, HeadCircuit, HeadWrite
 from allostasis.engines.suffix import sweep
 from allostasis.engines.verify import kl_of_a_zeroed_layer
 from allostasis.experiments.heads import choices, competence, ov_tables
-from allostasis.experiments.heads.asked import Asked, Corpus
+from allostasis.experiments.heads.asked import Asked
 from allostasis.experiments.heads.choices import Layers
 from allostasis.experiments.heads.competence import Competence
 from allostasis.experiments.heads.ov_tables import Report
@@ -28,6 +28,7 @@ from allostasis.experiments.heads.tables import readings
 from allostasis.experiments.heads.vocabulary import Vocabulary
 from allostasis.interventions.ablate import parse_heads
 from allostasis.models.zoo import LanguageModel
+from allostasis.tasks.probes.encoded import Encoded
 from allostasis.tasks.probes.task import Probes
 
 SPLITS = ("train", "test")
@@ -97,7 +98,7 @@ class HeadsOV(L.LightningModule):
     def test_step(self, batch: Probes, batch_idx: int) -> dict[str, Any]:
         """Both reports; gives the tables and documents that the run keeps."""
         del batch_idx
-        corpus: Corpus = batch.build(self.model.encode, self.model.tokenizer)
+        corpus: Encoded = batch.build(self.model.encode, self.model.tokenizer)
         asked = {name: Asked(corpus, corpus.drawn(name), seed=self.task.seed) for name in SPLITS}
         self._tell(corpus, asked)
         ends = {
@@ -137,7 +138,7 @@ class HeadsOV(L.LightningModule):
         self.facts["inputs"] = {"n": len(chosen), "rule": "words after a space, evenly spaced"}
         return torch.tensor(chosen, device=self.decoder.device)
 
-    def _tell(self, corpus: Corpus, asked: Mapping[str, Asked]) -> None:
+    def _tell(self, corpus: Encoded, asked: Mapping[str, Asked]) -> None:
         self.facts |= {
             "model": {**self.model.identity, "title": self.model.title},
             "tokenizer": self.model.facts,
@@ -174,7 +175,10 @@ class HeadsOV(L.LightningModule):
             "baseline": seen.baseline,
             "ov_tokens": tokens.reset_index(drop=True),
             "ov_words": ov_tables.words(tokens),
-            "ov_clusters": self._clusters(tokens),
+            "ov_clusters": pd.concat(
+                [self._clusters(report, rows) for report, rows in tokens.groupby("report")],
+                ignore_index=True,
+            ),
             "examples": pd.concat(examples).sort_values(
                 ["intervention", "example"], ignore_index=True
             ),
@@ -200,8 +204,8 @@ class HeadsOV(L.LightningModule):
         plain = readings(asked, [], swept, with_span=False)
         return competence.of(self.decoder, asked.corpus, plain)
 
-    def _clusters(self, tokens: pd.DataFrame) -> pd.DataFrame:
-        """Clusters of the tokens that are listed most, by their rows of the unembedding."""
+    def _clusters(self, report: Any, tokens: pd.DataFrame) -> pd.DataFrame:
+        """Clusters of a report's most frequent tokens, by their rows of the unembedding."""
         sizes = tokens["token_id"].value_counts()
         order = sorted(sizes.index, key=lambda index: (-sizes[index], index))
         ids = np.array(order[: self.n_clustered])
@@ -210,13 +214,13 @@ class HeadsOV(L.LightningModule):
         try:
             found = ov_tokens.cluster(rows)
         except ValueError as error:
-            self.facts["clusters"] = str(error)
-            return ov_tokens.no_clusters()
-        self.facts["clusters"] = {
+            self.facts[f"clusters_{report}"] = str(error)
+            return ov_tokens.no_clusters().assign(report=report)
+        self.facts[f"clusters_{report}"] = {
             "tokens": len(ids), "of": len(sizes), "clusters": len(set(found.labels)),
             "threshold": found.threshold, "silhouette": found.silhouette,
         }  # fmt: skip
-        return ov_tokens.cluster_table(tokens, ids, rows, found)
+        return ov_tokens.cluster_table(tokens, ids, rows, found).assign(report=report)
 
     def _columns(self, ends: Ends) -> dict[str, np.ndarray]:
         """What each head adds at each prompt: to its answers, and to words of a lexicon.

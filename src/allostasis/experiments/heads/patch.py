@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,6 @@ from allostasis.experiments.heads.tables import Planned, Readings
 from allostasis.experiments.heads.vocabulary import Vocabulary
 from allostasis.interventions.ablate import ALIGNED, Member, Unit
 from allostasis.models.zoo import LanguageModel
-from allostasis.tasks.probes.encoded import Example
 from allostasis.tasks.probes.task import Probes
 
 WAYS: Mapping[str, tuple[Direction, ...]] = {
@@ -117,7 +116,7 @@ class HeadsPatch(HeadLab):
             replace(
                 each, tokens=replace(each.tokens, clean=each.corrupt_ids, corrupt=each.clean_ids)
             )
-            for each in self._examples
+            for each in self.asked.examples
         ]
         return Asked(self.corpus, turned, seed=self.task.seed)
 
@@ -153,18 +152,14 @@ class HeadsPatch(HeadLab):
                 name = where.removeprefix(ALIGNED)
                 self._check_role(name)
                 found[name] = self._everywhere(
-                    lambda row, name=name: self._examples[row].roles[name]
+                    lambda row, name=name: self.asked.examples[row].roles[name]
                 )
         for back in range(2, self._reach + 1) if "each" in self.places else ():
             found[f"-{back}"] = self._everywhere(lambda row, back=back: self._from_end(row, back))
         return found
 
-    @property
-    def _examples(self) -> Sequence[Example]:
-        return cast("Sequence[Example]", self.asked.examples)
-
     def _check_role(self, name: str) -> None:
-        there = self._examples[0].roles
+        there = self.asked.examples[0].roles
         if name not in there:
             raise ValueError(
                 f"module.positions=aligned:{name}: prompts of this corpus have the roles "
@@ -178,14 +173,14 @@ class HeadsPatch(HeadLab):
         return [*own, *more] * len(self.directions)
 
     def _from_end(self, row: int, back: int) -> tuple[int, ...]:
-        example = self._examples[row]
+        example = self.asked.examples[row]
         at = len(example.clean_ids) - back
         return (at,) if at >= example.roles["first_changed"][0] else ()
 
     @property
     def _reach(self) -> int:
         """How far from the end the first difference of a pair can be."""
-        return max(len(each.clean_ids) - each.roles["first_changed"][0] for each in self._examples)
+        return max(len(each.clean_ids) - each.roles["first_changed"][0] for each in self.asked.examples)
 
     # ------------------------------------------------------------------ the sweep
 
@@ -218,7 +213,7 @@ class HeadsPatch(HeadLab):
         """
         decoder = self.decoder
         total = {layer: torch.zeros(decoder.W_down(layer).shape[0]) for layer in self.layers}
-        for example in cast("Sequence[Example]", self.corpus.drawn("train")):
+        for example in self.corpus.drawn("train"):
             pair = [example.clean_ids, example.corrupt_ids]
             ids = torch.tensor(pair, device=decoder.device)
             found = decoder.capture(ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -94,7 +94,7 @@ class Pairs:
         }
 
 
-def _identity(example: Any) -> tuple[Prompt, Prompt, int, int]:
+def _identity(example: Example) -> tuple[Prompt, Prompt, int, int]:
     return example.clean_ids, example.corrupt_ids, example.target_id, example.foil_id
 
 
@@ -235,7 +235,7 @@ def _examples(
 def _positions(asked: Asked, text: Callable[[int], str]) -> pd.DataFrame:
     """positions.parquet: tokens of all prompts by distance from the end, with how often each."""
     counts: dict[tuple[int, int], int] = {}
-    for example in cast("Sequence[Example]", asked.examples):
+    for example in asked.examples:
         for prompt in (example.clean_ids, example.corrupt_ids):
             for back, token in enumerate(reversed(prompt), start=1):
                 counts[-back, token] = counts.get((-back, token), 0) + 1

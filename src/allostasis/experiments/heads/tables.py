@@ -291,7 +291,7 @@ def examples(
         what["set"] = marks.get(each.intervention, each.set)
         frames.append(said.assign(**what, **now, **clean))
     table = pd.concat(frames, ignore_index=True)
-    whole = ["target_id", "foil_id", "pred_id", "pred_id_clean", "rank_target"]
+    whole = ["target_id", "foil_id", "pred_id", "pred_id_clean"]
     table = table.astype(dict.fromkeys(whole, "Int64"))
     names = ["row_id", "group", "cell", "split", "ablation", "intervention", "set"]
     return table.astype(dict.fromkeys(names, "category"))

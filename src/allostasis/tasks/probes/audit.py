@@ -163,7 +163,8 @@ def _ends(row: Probe) -> bool:
 def _tokens(rows: Sequence[Probe], asker: Asker | None) -> dict[str, int | None]:
     if asker is None:
         return dict.fromkeys(REASONS)
-    return {reason: sum(asker.is_so(reason, row) for row in rows) for reason in REASONS}
+    counts = Counter(reason for row in rows for reason in asker.reasons(row))
+    return {reason: counts[reason] for reason in REASONS}
 
 
 def _leaks(rows: Sequence[Probe], splits: Mapping[str, Split] | None) -> dict[str, int | None]:

@@ -10,7 +10,16 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from allostasis.tasks.probes.drafts import Block, Draft, Family, Length, cell, group, pairs
+from allostasis.tasks.probes.drafts import (
+    Block,
+    Draft,
+    Family,
+    Length,
+    answered,
+    cell,
+    group,
+    pairs,
+)
 from allostasis.tasks.probes.facts import CAPITALS, COLOURS, read_facts
 
 FOOD = read_facts("""
@@ -52,9 +61,10 @@ WORLDS: Mapping[str, tuple[Mapping[str, str], Sequence[str]]] = {
 }
 
 
-def swapped(family: str, _: Length) -> Iterator[Block]:
+def swapped(family: str, length: Length) -> Iterator[Block]:
     """Two things with each other's values, each of them asked for once."""
-    facts, templates = WORLDS[family]
+    every, templates = WORLDS[family]
+    facts = answered(every, length)
     for things in pairs(tuple(facts), family):
         if facts[things[0]] == facts[things[1]]:
             continue

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from allostasis.tasks.probes.order import hashed
 
 Length = Callable[[str], int]
 
-MOST_PAIRS = 400
-"""Pairs of words that a family offers: enough for the largest corpus under any tokenizer."""
+MOST_PAIRS = 200
+"""Pairs of words that a family offers; each is asked in several ways."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,21 @@ Block = tuple[Draft, ...]
 
 Family = Callable[[Length], Iterator[Block]]
 """From the number of tokens of a word, blocks in the order in which to take them."""
+
+
+def known(words: Iterable[str], length: Length) -> list[str]:
+    """The words that a vocabulary has."""
+    return [word for word in words if length(word) > 0]
+
+
+def answers(words: Iterable[str], length: Length) -> list[str]:
+    """The words that are one token, as an answer has to be."""
+    return [word for word in words if length(word) == 1]
+
+
+def answered(facts: Mapping[str, str], length: Length) -> dict[str, str]:
+    """The facts about things that a vocabulary has, with answers of one token."""
+    return {x: facts[x] for x in known(facts, length) if length(facts[x]) == 1}
 
 
 def group(first: str, second: str) -> str:

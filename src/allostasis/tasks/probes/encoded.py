@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, get_args
 
 from allostasis.core.seeding import derive
 from allostasis.tasks.one_batch import Encode
+from allostasis.tasks.probes.drafts import Draft
 from allostasis.tasks.probes.order import hashed, rank
 from allostasis.tasks.probes.rows import Probe
 
@@ -19,24 +20,13 @@ Reason = Literal[
     "multi_token_target", "multi_token_foil", "shared_first_token", "length_mismatch",
     "unknown_token",
 ]  # fmt: skip
-REASONS: tuple[Reason, ...] = (
-    "multi_token_target", "multi_token_foil", "shared_first_token", "length_mismatch",
-    "unknown_token",
-)  # fmt: skip
+REASONS: tuple[Reason, ...] = get_args(Reason)
+"""Why a row cannot be asked, in the order in which one is counted."""
 LEAST_REFERENCES = 8
 
 
-class Asked(Protocol):
-    """What can be asked: a row of a corpus, or one that may become so."""
-
-    @property
-    def clean(self) -> str: ...  # noqa: D102
-    @property
-    def corrupt(self) -> str: ...  # noqa: D102
-    @property
-    def target(self) -> str: ...  # noqa: D102
-    @property
-    def foil(self) -> str: ...  # noqa: D102
+Asked = Draft | Probe
+"""What can be asked: a row of a corpus, or one that may become so."""
 
 
 @dataclass(frozen=True)
@@ -76,38 +66,43 @@ class Asker:
             self._prompts[text] = tuple(self._encode(text))
         return self._prompts[text]
 
-    def answer(self, prompt: str, answer: str) -> tuple[int, ...]:
+    def length(self, word: str) -> int:
+        """Tokens of a word after a space; 0 if the vocabulary lacks one of them."""
+        added = self.prompt(f"a {word}")[len(self.prompt("a")) :]
+        return 0 if self.unknown in added else len(added)
+
+    def ask(self, row: Asked) -> Tokens | Reason:
+        """A row's tokens, or the first reason for which it cannot be asked."""
+        tokens = self._tokens(row)
+        return next(self._reasons(tokens), tokens)
+
+    def reasons(self, row: Asked) -> list[Reason]:
+        """Every reason for which a row cannot be asked."""
+        return [*self._reasons(self._tokens(row))]
+
+    def _tokens(self, row: Asked) -> Tokens:
+        return Tokens(
+            self.prompt(row.clean), self.prompt(row.corrupt),
+            self._answer(row.clean, row.target), self._answer(row.clean, row.foil),
+        )  # fmt: skip
+
+    def _answer(self, prompt: str, answer: str) -> tuple[int, ...]:
         """What an answer adds to a prompt's tokens; nothing if it changes those before it."""
         before, whole = self.prompt(prompt), self.prompt(prompt + answer)
         return whole[len(before) :] if whole[: len(before)] == before else ()
 
-    def length(self, word: str) -> int:
-        """Tokens of a word after a space."""
-        return len(self.prompt(f"a {word}")) - len(self.prompt("a"))
-
-    def ask(self, row: Asked) -> Tokens | Reason:
-        """A row's tokens, or the first reason for which it cannot be asked."""
-        for reason in REASONS:
-            if self.is_so(reason, row):
-                return reason
-        return Tokens(
-            self.prompt(row.clean), self.prompt(row.corrupt),
-            self.answer(row.clean, row.target), self.answer(row.clean, row.foil),
-        )  # fmt: skip
-
-    def is_so(self, reason: Reason, row: Asked) -> bool:
-        """Whether a reason to drop a row holds, whatever others do."""
-        target, foil = self.answer(row.clean, row.target), self.answer(row.clean, row.foil)
-        clean, corrupt = self.prompt(row.clean), self.prompt(row.corrupt)
-        if reason == "multi_token_target":
-            return not self._is_answer(target)
-        if reason == "multi_token_foil":
-            return not self._is_answer(foil)
-        if reason == "shared_first_token":
-            return target[:1] == foil[:1] != ()
-        if reason == "length_mismatch":
-            return len(clean) != len(corrupt)
-        return self.unknown in {*clean, *corrupt, *target, *foil}
+    def _reasons(self, tokens: Tokens) -> Iterator[Reason]:
+        target, foil = tokens.target, tokens.foil
+        if not self._is_answer(target):
+            yield "multi_token_target"
+        if not self._is_answer(foil):
+            yield "multi_token_foil"
+        if target[:1] == foil[:1] != ():
+            yield "shared_first_token"
+        if len(tokens.clean) != len(tokens.corrupt):
+            yield "length_mismatch"
+        if self.unknown in {*tokens.clean, *tokens.corrupt, *target, *foil}:
+            yield "unknown_token"
 
     def _is_answer(self, tokens: tuple[int, ...]) -> bool:
         return len(tokens) == 1 or (self.spans and len(tokens) > 1)
@@ -195,6 +190,7 @@ class Encoded:
         examples: Every row that can be asked.
         sha256: Canonical hash of these rows.
         requested: How many rows were asked for.
+        n_extra: Rows of `val` beyond these.
         dropped: Rows that cannot be asked, by the first reason.
         seed: The run's seed, which draws the subsample.
         frac: Part of a split's groups that the seed draws.
@@ -206,6 +202,7 @@ class Encoded:
     examples: tuple[Example, ...]
     sha256: str
     requested: int
+    n_extra: int
     dropped: Mapping[str, int]
     seed: int
     frac: float
@@ -264,7 +261,8 @@ class Encoded:
             "corpus": self.corpus,
             "sha256": self.sha256,
             "requested": self.requested,
-            "rows": len(self.examples),
+            "got": len(self.examples) - self.n_extra,
+            "extra_val": self.n_extra,
             "dropped": dict(self.dropped),
             **{split: {"n": len(self.of(split))} for split in SPLITS},
             "frac": self.frac,

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from allostasis.tasks.probes.drafts import Block, Draft, Family, Length, group
+from allostasis.tasks.probes.drafts import Block, Draft, Family, Length, answered, group
 from allostasis.tasks.probes.order import hashed
 
 LEAST = 10
@@ -158,10 +158,7 @@ def entities(family: str, length: Length) -> Iterator[Block]:
 
 def _pairs(family: str, length: Length) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
     """Entities of one length and unlike answers that neither prompt mentions, two by two."""
-    askable = [
-        {entity: answer for entity, answer in facts.items() if length(answer) == 1}
-        for facts in KNOWN[family]
-    ]
+    askable = [answered(facts, length) for facts in KNOWN[family]]
     sizes = Counter(length(entity) for facts in askable for entity in facts)
     for facts in askable:
         waiting = [entity for entity in hashed(facts, family) if sizes[length(entity)] >= LEAST]

@@ -41,12 +41,14 @@ class Generated:
         rows: The corpus.
         splits: The split of each row, by its id.
         dropped: Rows that were offered and cannot be asked, by the first reason.
+        n_extra: The last rows: what `val` has beyond what was asked for.
         pool: For each form and length of a row, prompts that are in no row.
     """
 
     rows: list[Probe] = field(default_factory=list)
     splits: dict[str, Split] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
+    n_extra: int = 0
     pool: dict[Form, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
 
@@ -71,7 +73,7 @@ def generate(corpus: Corpus, asker: Asker, *, n: int, n_val: int = 0, n_pool: in
     stocks = {name: Stock(family, asker, made) for name, family in FAMILIES[corpus].items()}
     names = sorted(stocks)
     for number, name in enumerate(names):
-        wanted = n // len(names) + (number < n % len(names))
+        wanted = n // 2 // len(names) + (number < n // 2 % len(names))
         _number(corpus, stocks[name].take(wanted), made)
     _check(corpus, stocks, made, n)
     made.splits = assign(made.rows)
@@ -121,6 +123,7 @@ def _extend(corpus: Corpus, stock: Stock, n_val: int, made: Generated) -> None:
             continue
         no_news = set.intersection(*(held[cell] for cell in kind[1:]))
         block = stock.next(kind, without=elsewhere | no_news) or ()
+        made.n_extra += len(block)
         made.splits |= {row.id: "val" for row in _number(corpus, block, made)}
         for draft in block:
             held[draft.cell].add(draft.group)
@@ -158,13 +161,14 @@ class Stock:
         self._usual: dict[Form, bool] = {}
 
     def take(self, n: int) -> list[Draft]:
-        """At most `n` rows, a block of two from each kind in turn."""
-        found: list[Draft] = []
+        """The rows of at most `n` blocks, one from each kind in turn."""
+        blocks: list[Block] = []
         for kind in itertools.cycle(self.kinds):
-            if len(found) + 2 > n or self.spent.issuperset(self.kinds):
+            if len(blocks) == n or self.spent.issuperset(self.kinds):
                 break
-            found += self.next(kind) or ()
-        return found
+            if (block := self.next(kind)) is not None:
+                blocks.append(block)
+        return [draft for block in blocks for draft in block]
 
     def release(self) -> None:
         """Let reserved groups be taken as any other."""

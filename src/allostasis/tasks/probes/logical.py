@@ -5,7 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from allostasis.tasks.probes.drafts import Block, Draft, Length, cell, group, pairs
+from allostasis.tasks.probes.drafts import (
+    Block,
+    Draft,
+    Length,
+    answers,
+    cell,
+    group,
+    known,
+    pairs,
+)
 from allostasis.tasks.probes.negation import COLOURS
 from allostasis.tasks.probes.order import draw
 from allostasis.tasks.sentences import NAMES, OBJECTS, PLACES
@@ -110,10 +119,11 @@ BOTH: Sequence[tuple[str, Mapping[str, str]]] = (
 )
 
 
-def either(_: Length) -> Iterator[Block]:
+def either(length: Length) -> Iterator[Block]:
     """One of two people has it, and a fact about one of them decides; the corrupt has the other."""
-    for names in pairs(NAMES, "either"):
-        things = draw(OBJECTS, len(LEVELS), "either", names)
+    objects = known(OBJECTS, length)
+    for names in pairs(answers(NAMES, length), "either"):
+        things = draw(objects, len(LEVELS), "either", names)
         for (fact, query), thing in zip(LEVELS, things, strict=True):
             ordered = _turned(names, "either", fact, query)
             for number, (template, facts, queries) in enumerate(EITHER):
@@ -129,14 +139,15 @@ def either(_: Length) -> Iterator[Block]:
                 yield _two("either", number, texts, ordered, fact=fact, query=query)
 
 
-def conditional(_: Length) -> Iterator[Block]:
+def conditional(length: Length) -> Iterator[Block]:
     """Two rules and the fact that says which of them holds; the corrupt prompt has the other."""
-    for number, (rules, fact, question, conditions, answers) in enumerate(CONDITIONAL):
-        for answered in pairs(answers, "conditional", number):
+    names = known(NAMES, length)
+    for number, (rules, fact, question, conditions, things) in enumerate(CONDITIONAL):
+        for pair in pairs(answers(things, length), "conditional", number):
             for place in ("first", "last"):
-                ordered = _turned(answered, "conditional", number, place)
-                salt = ("conditional", number, answered, place)
-                (u, v), (name,) = draw(conditions, 2, *salt), draw(NAMES, 1, *salt)
+                ordered = _turned(pair, "conditional", number, place)
+                salt = ("conditional", number, pair, place)
+                (u, v), (name,) = draw(known(conditions, length), 2, *salt), draw(names, 1, *salt)
                 parts = (fact, rules, question) if place == "first" else (rules, fact, question)
                 texts = [
                     " ".join(parts).format(u=u, v=v, n=name, x=ordered[0], y=ordered[1], f=f)
@@ -145,14 +156,15 @@ def conditional(_: Length) -> Iterator[Block]:
                 yield _two("conditional", number, texts, ordered, fact=place)
 
 
-def syllogism(_: Length) -> Iterator[Block]:
+def syllogism(length: Length) -> Iterator[Block]:
     """Two invented kinds with their colours, and a thing of one kind; the corrupt has the other."""
-    for answered in pairs(COLOURS, "syllogism"):
+    names, invented = known(NAMES, length), known(INVENTED, length)
+    for pair in pairs(answers(COLOURS, length), "syllogism"):
         for number, (steps, template) in enumerate(SYLLOGISM):
-            ordered = _turned(answered, "syllogism", number)
+            ordered = _turned(pair, "syllogism", number)
             for time in range(WORD_PAIRS):
-                salt = ("syllogism", number, answered, time)
-                (p, q, r, s), (name,) = draw(INVENTED, 4, *salt), draw(NAMES, 1, *salt)
+                salt = ("syllogism", number, pair, time)
+                (p, q, r, s), (name,) = draw(invented, 4, *salt), draw(names, 1, *salt)
                 words = {"p": p, "q": q, "r": r, "s": s, "n": name}
                 texts = [
                     template.format(**words, x=ordered[0], y=ordered[1], f=kind) for kind in (p, q)
@@ -160,14 +172,15 @@ def syllogism(_: Length) -> Iterator[Block]:
                 yield _two("syllogism", number, texts, ordered, steps=steps)
 
 
-def operators(_: Length) -> Iterator[Block]:
+def operators(length: Length) -> Iterator[Block]:
     """Who has this AND that, or this OR what nobody has; the corrupt prompt swaps two things."""
-    for names in pairs(NAMES, "operators"):
+    objects = known(OBJECTS, length)
+    for names in pairs(answers(NAMES, length), "operators"):
         for operator, (number, (facts, queries)) in itertools.product(
             ("and", "or"), enumerate(BOTH)
         ):
             ordered = _turned(names, "operators", operator, number)
-            k, x, y, w = draw(OBJECTS, 4, "operators", names, operator)
+            k, x, y, w = draw(objects, 4, "operators", names, operator)
             texts = [
                 f"{facts} {queries[operator]}".format(
                     a=ordered[0], b=ordered[1], k=k, w=w, x=first, y=second, z=x

@@ -9,7 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from allostasis.tasks.probes.drafts import Block, Draft, Length, cell, group, pairs
+from allostasis.tasks.probes.drafts import (
+    Block,
+    Draft,
+    Length,
+    answers,
+    cell,
+    group,
+    known,
+    pairs,
+)
 from allostasis.tasks.probes.order import draw, hashed
 from allostasis.tasks.sentences import NAMES, OBJECTS
 
@@ -106,10 +115,11 @@ DENIED: Sequence[str] = (
 )
 
 
-def possession(_: Length) -> Iterator[Block]:
+def possession(length: Length) -> Iterator[Block]:
     """Of two people one has a thing and the other does not; the corrupt prompt turns it round."""
-    for names in pairs(NAMES, "possession"):
-        things = draw(OBJECTS, len(LEVELS), "possession", names)
+    objects = known(OBJECTS, length)
+    for names in pairs(answers(NAMES, length), "possession"):
+        things = draw(objects, len(LEVELS), "possession", names)
         for number, (template, has, lacks, queries) in enumerate(HAVING):
             for (query, is_turned), thing in zip(LEVELS, things, strict=True):
                 ordered = names[::-1] if is_turned else names
@@ -124,10 +134,11 @@ def possession(_: Length) -> Iterator[Block]:
                 yield _denials("possession", number, texts, ordered, query, is_turned)
 
 
-def colours(_: Length) -> Iterator[Block]:
+def colours(length: Length) -> Iterator[Block]:
     """A thing has one colour and not another; the corrupt prompt denies the other one."""
-    for names in pairs(COLOURS, "colours"):
-        things = draw(OBJECTS, len(LEVELS), "colours", names)
+    objects = known(OBJECTS, length)
+    for names in pairs(answers(COLOURS, length), "colours"):
+        things = draw(objects, len(LEVELS), "colours", names)
         for number, (template, queries) in enumerate(COLOURED):
             for (query, is_turned), thing in zip(LEVELS, things, strict=True):
                 first, second = ordered = names[::-1] if is_turned else names
@@ -158,10 +169,12 @@ def _denials(
     return tuple(rows)
 
 
-def states(_: Length) -> Iterator[Block]:
+def states(length: Length) -> Iterator[Block]:
     """What a thing is if it is not the opposite, and what it is if that is said outright."""
     for words in hashed(STATES, "states"):
-        things = hashed(STATES[words], "states", words)
+        if len(answers(words, length)) < len(words):
+            continue
+        things = hashed(known(STATES[words], length), "states", words)
         for number, template in enumerate(DENIED):
             for form, thing in itertools.product(("denied", "affirmed"), things):
                 particle = "not" if form == "denied" else "still"

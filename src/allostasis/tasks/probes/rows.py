@@ -65,7 +65,9 @@ def mentions(text: str, answer: str) -> list[int]:
         >>> mentions("Tom has a tom-tom. Tomorrow Tom", " Tom")
         [0, 28]
     """
-    return [found.start() for found in re.finditer(rf"\b{re.escape(answer.strip())}\b", text)]
+    return [
+        found.start() for found in re.finditer(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text)
+    ]
 
 
 def last_mention(text: str, answer: str) -> int:

@@ -95,8 +95,8 @@ class Probes(L.LightningDataModule):
         return Encoded(
             corpus=self.corpus, examples=tuple(examples), sha256=digest,
             requested=len(made.rows) if self.file is not None else self.n_examples,
-            dropped=made.dropped, seed=self.seed, frac=self.frac, n_reference=self.n_reference,
-            pool=made.pool,
+            n_extra=made.n_extra, dropped=made.dropped, seed=self.seed, frac=self.frac,
+            n_reference=self.n_reference, pool=made.pool,
         )  # fmt: skip
 
     def test_dataloader(self) -> OneBatch[Probes]:
