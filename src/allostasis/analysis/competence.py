@@ -70,15 +70,18 @@ def competence(rows: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
 def _cell(name: str, rows: pd.DataFrame, level: float) -> dict[str, object]:
     right = (rows["ld"] > 0).to_numpy()
     limits = clustered_proportion(right, [*rows["group"]], level=level)
-    is_competent = limits.low > CHANCE
-    undecided = "undecided" if limits.high >= CHANCE else "not competent"
+    low, high = limits.low, limits.high
+    assert low is not None
+    assert high is not None
+    is_competent = low > CHANCE
+    undecided = "undecided" if high >= CHANCE else "not competent"
     return {
         "cell": name,
         "n": len(rows),
         "n_groups": rows["group"].nunique(),
         "accuracy": float(right.mean()),
-        "accuracy_low": limits.low,
-        "accuracy_high": limits.high,
+        "accuracy_low": low,
+        "accuracy_high": high,
         **_mean(rows["ld"], rows["group"], level),
         "state": "competent" if is_competent else undecided,
         "is_competent": is_competent,

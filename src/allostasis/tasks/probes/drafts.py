@@ -10,7 +10,7 @@ from allostasis.tasks.probes.order import hashed
 
 Length = Callable[[str], int]
 
-MOST_PAIRS = 200
+MOST_PAIRS = 120
 """Pairs of words that a family offers; each is asked in several ways."""
 
 

@@ -55,7 +55,8 @@ class Probes(L.LightningDataModule):
                 f"task.frac=1.0 takes every row, so that seed {seed} would measure what seed 0 "
                 "measures; take seed=0 alone, or task.frac=0.8"
             )
-        self.seed, self.corpus, self.n_examples = seed, corpus, n_examples
+        self.seed, self.n_examples = seed, n_examples
+        self.corpus: Corpus = corpus
         self.n_val, self.frac, self.n_reference = n_val, frac, n_reference
         self.file, self.spans = file, spans
 
@@ -84,7 +85,7 @@ class Probes(L.LightningDataModule):
             made = generate(
                 self.corpus, asker, n=self.n_examples, n_val=self.n_val, n_pool=self.n_reference
             )
-            digest = data_hash(map(asdict, made.rows))
+            digest = data_hash([asdict(row) for row in made.rows])
         examples: list[Example] = []
         for number, row in enumerate(made.rows):
             tokens = asker.ask(row)
