@@ -229,8 +229,8 @@ def clusters_table(arms: Sequence[Arm]) -> Table:
         raise UndefinedError("no run has clusters of more than one token")
     return Table(
         "Clusters of tokens",
-        ("corpus", "seed", "report", "cluster", "size", "medoid", "mean logit", "fragments", "members",
-         "silhouette at distance"),
+        ("corpus", "seed", "report", "cluster", "size", "medoid", "mean logit", "fragments",
+         "members", "silhouette at distance"),
         tuple(rows),
         "The tokens that a run lists most, by average linkage of cosine distances between rows of "
         "the unembedding, cut where the mean silhouette is largest on a fixed grid.",

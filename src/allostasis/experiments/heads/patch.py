@@ -180,7 +180,9 @@ class HeadsPatch(HeadLab):
     @property
     def _reach(self) -> int:
         """How far from the end the first difference of a pair can be."""
-        return max(len(each.clean_ids) - each.roles["first_changed"][0] for each in self.asked.examples)
+        return max(
+            len(each.clean_ids) - each.roles["first_changed"][0] for each in self.asked.examples
+        )
 
     # ------------------------------------------------------------------ the sweep
 
