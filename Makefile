@@ -6,10 +6,11 @@ RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench report study grokking ioi constraint superposition
+.PHONY: help install demo test test-all check format bench report study grokking ioi constraint superposition \
+  heads_zero heads_pairs
 
 help: ## list these targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 install: .venv/installed ## make .venv with everything this commit was tested with
 
@@ -43,6 +44,12 @@ constraint: .venv/installed ## frozen heads and clamps: every arm, eight seeds, 
 
 superposition: .venv/smollm2 ## suppressors and their variance: five arms, eight seeds (days on two cores, most for the language model; ARGS=... adds overrides)
 	$(RUN) +exp=superposition -m $(ARGS)
+
+heads_zero: .venv/smollm2 ## every head of SmolLM2 taken away alone, on four corpora (hours; ARGS=preset=quick takes minutes)
+	$(RUN) +exp=heads_zero -m $(ARGS)
+
+heads_pairs: .venv/smollm2 ## all heads, pairs and triples of its first layer, on four corpora (hours; ARGS=preset=quick takes minutes)
+	$(RUN) +exp=heads_pairs -m $(ARGS)
 
 report: .venv/installed ## figures and claims for everything under outputs/
 	$(BIN)/python -m allostasis.report outputs

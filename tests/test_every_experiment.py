@@ -33,6 +33,8 @@ SHORT = {
         "task.n_contexts=4",
         "task.n_calibration=8000",
     ],
+    "heads_zero": ["model=tiny", "model.arch=llama", "module.layers=2"],
+    "heads_pairs": ["model=tiny", "model.arch=gpt2"],
     "ioi": ["model=tiny", "model.arch=qwen2", "module.heads=['1.0','2.1']"],
 }
 ARMS = [

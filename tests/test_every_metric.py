@@ -40,6 +40,7 @@ AUDIT_KEYS = {
     *("sigma_sq", "G", "G_entropy"),
 }
 PSEUDO_NEEDS = {
+    *("foils", "clean_logits"),
     *("logits", "labels", "classes", "params", "before", "grads"),
     *("modulus", "grid_logits", "train_pairs", "key_frequencies", "ablated_losses", "features"),
 }

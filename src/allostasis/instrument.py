@@ -97,6 +97,8 @@ def observe(model: ModularTransformer, *, earlier: ModularTransformer) -> Snapsh
         step=500,
         logits=logits[:, 2],
         labels=answers,
+        foils=(answers + 1) % p,
+        clean_logits=earlier(tokens)[:, 2],
         classes=answers,
         n_classes=p,
         acts=dict(acts),
@@ -198,7 +200,8 @@ def halves(snapshot: Snapshot) -> tuple[Snapshot, Snapshot]:
 
 
 def _examples(snapshot: Snapshot, chosen: slice) -> Snapshot:
-    rows = {name: getattr(snapshot, name) for name in ("logits", "labels", "classes", "losses")}
+    names = ("logits", "labels", "foils", "clean_logits", "classes", "losses")
+    rows = {name: getattr(snapshot, name) for name in names}
     acts = {name: getattr(snapshot, name) for name in ("acts", "earlier", "initial")}
     return replace(
         snapshot,

@@ -105,6 +105,7 @@ def _report(folder: Path, records: Sequence[RunRecord], *, allow_mixed: bool) ->
     views = [RunView(record) for record in records]
     artefacts: list[Path] = []
     studies: list[Study] = []
+    refused = ""
     try:
         for exp, subject, group in _by_subject(views):
             extension = _extension(exp, views)
@@ -113,13 +114,18 @@ def _report(folder: Path, records: Sequence[RunRecord], *, allow_mixed: bool) ->
             if extension.artefacts is not None:
                 own = [view.record for view in group]
                 home = folder / "report" / "cross_condition" / study.anchor
-                artefacts += extension.artefacts(own, home, allow_mixed)
-    except (ClaimError, IdenticalArmsError, MixedRunsError) as error:
+                try:
+                    artefacts += extension.artefacts(own, home, allow_mixed)
+                except MixedRunsError as error:
+                    refused = f"{study.title}: no matrices over conditions. {error}"
+    except (ClaimError, IdenticalArmsError) as error:
         raise UsageError(str(error)) from error
     about = ", ".join(dict.fromkeys(study.subject for study in studies if study.subject))
     title = f"Report on {folder.resolve().name}{f': {about}' if about else ''}"
     written = document.write(title, studies, folder / "report")
     _print(studies, [*written, *artefacts])
+    if refused:
+        raise UsageError(refused)
 
 
 def _by_subject(views: Sequence[RunView]) -> Iterator[tuple[str, str, list[RunView]]]:

@@ -162,7 +162,7 @@ def invariants(table: pd.DataFrame, *, k: int = TOP) -> dict[str, Any]:
 
 def _common_top(layer: pd.DataFrame) -> dict[str, Any]:
     """Whether one head of a layer has the largest effect in every corpus: exact p by chance."""
-    best = {str(name): layer[name].idxmax()[1] for name in layer}
+    best = {str(name): layer.index[int(layer[name].argmax())][1] for name in layer}
     same = len(set(best.values())) == 1
     return {
         "layer": int(layer.index[0][0]),
@@ -179,12 +179,12 @@ def rank_correlations(found: Crossed) -> pd.DataFrame:
     were kept; p is of a permutation of heads.
     """
     table, rows = effects(found), []
-    drawn = {name: _drawn(found, name, table.index) for name in table}
+    drawn = {str(name): _drawn(found, str(name), table.index) for name in table}
     for layer in sorted(set(table.index.get_level_values("layer"))):
         own = np.flatnonzero(table.index.get_level_values("layer") == layer)
         if len(own) < 3:
             continue
-        for first, second in itertools.combinations(table.columns, 2):
+        for first, second in itertools.combinations(map(str, table.columns), 2):
             pair = table[first].to_numpy()[own], table[second].to_numpy()[own]
             row: dict[str, Any] = {
                 "layer": int(layer), "first": first, "second": second, "n": len(own),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,13 +124,14 @@ def effect_rows(run: RunView, metric: str, split: str) -> pd.DataFrame:
     """One row an intervention: value, change with interval, and the ranks and p that it has."""
     rows = run.interventions(metric, split=split)
     rows = rows[rows["intervention"].notna()].set_index("intervention")
+    rows.index = rows.index.astype(str)
     for name in ("p", "p_max", "q", "percentile_layer", "percentile_model", "null_p"):
         beside = run.interventions(f"effect.{name}", split=split).set_index("intervention")
         rows[name] = beside["value"].reindex(rows.index)
     return rows.sort_values("delta", ascending=False)
 
 
-def effect(row: pd.Series) -> str:
+def effect(row: Mapping[Any, Any]) -> str:
     """A change with its interval."""
     return _with(row["delta"], row["ci_low"], row["ci_high"])
 

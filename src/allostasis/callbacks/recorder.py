@@ -369,6 +369,8 @@ def _provides(snapshot: Snapshot) -> set[str]:
     fields = {
         "logits": snapshot.logits is not None,
         "labels": snapshot.labels is not None,
+        "foils": snapshot.foils is not None,
+        "clean_logits": snapshot.clean_logits is not None,
         "classes": snapshot.classes is not None,
         "params": snapshot.weights is not None,
         "before": bool(snapshot.before),

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from allostasis.engines.prompts import Group
+from allostasis.metrics.kl_divergence import kl_divergence
 from allostasis.metrics.trajectory_curvature import trajectory_curvature
 from allostasis.metrics.trajectory_step import trajectory_step
 from allostasis.models.blocks import Decoder
@@ -107,7 +108,7 @@ class Reader:
         return found | {
             "logp_target": own[:, 0],
             "logp_foil": logp.gather(1, foil)[:, 0],
-            "kl": torch.linalg.vecdot(clean.exp(), clean - logp).clamp(min=0),
+            "kl": kl_divergence(clean, logp),
             "entropy": -torch.linalg.vecdot(logp.exp(), logp),
             "rank_target": (logp > own).sum(dim=1),
             "pred_id": logp.argmax(dim=1),

@@ -54,6 +54,8 @@ class Snapshot:
         split: `train`, `test`, `probe`, `all` (every pair), or None where only weights are read.
         logits: Logits at the readout position.
         labels: The true answer of each example.
+        foils: The wrong answer that each example's true one is asked against.
+        clean_logits: Logits at the readout position of the model without the intervention.
         classes: The class of each example, for variance between and within classes.
         n_classes: How many classes there are, seen in this batch or not; given with `classes`.
         acts: Activations by hook name, at all positions.
@@ -82,6 +84,8 @@ class Snapshot:
     split: str | None = None
     logits: Float[Tensor, "batch vocab"] | None = None
     labels: Int[Tensor, " batch"] | None = None
+    foils: Int[Tensor, " batch"] | None = None
+    clean_logits: Float[Tensor, "batch vocab"] | None = None
     classes: Int[Tensor, " batch"] | None = None
     n_classes: int | None = None
     acts: Mapping[str, Tensor] = field(default_factory=dict)

@@ -118,7 +118,7 @@ class HeadLab(L.LightningModule):
         self.positions: Literal["all", "last"] | tuple[int, ...] = (
             positions if isinstance(positions, str) else tuple(positions)
         )
-        self.keep_examples = keep_examples
+        self.keep_examples: Keep = keep_examples
         self.engine, self.check = engine or Engine(), verify or Verify()
         self.workspace = Path()
         self.facts: dict[str, Any] = {}

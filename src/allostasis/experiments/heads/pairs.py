@@ -86,7 +86,8 @@ class HeadsPairs(HeadLab):
             model=model, task=task, name="heads_pairs", span=span, positions=positions,
             trajectory=trajectory, keep_examples=keep_examples, engine=engine, verify=verify,
         )  # fmt: skip
-        self.sets, self.k, self.ablation, self.n_donors = sets, k, ablation, n_donors
+        self.sets, self.k, self.n_donors = sets, k, n_donors
+        self.ablation: Ablation = ablation
         self.layers, self.largest = self.chosen_layers(layers), largest
         self.members = [self._parse(names) for names in members or []]
         known = (named or {}).get(str(model.identity["name"]))

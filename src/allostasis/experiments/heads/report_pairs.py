@@ -49,7 +49,8 @@ def _draw(arms: Sequence[Arm]) -> Any:
         )
         for axis, arm in zip(axes[0], found, strict=True):
             rows = _sets(arm.runs[0])
-            for size, own in rows.groupby("size"):
+            for size in sorted(set(rows["size"])):
+                own = rows[rows["size"] == size]
                 values = own["delta"].to_numpy(float)
                 spread = 0.3 * np.sin(np.arange(len(values)) * 2.4)  # beside each other, not random
                 axis.scatter(size + spread, values, s=7, color=GREY, alpha=0.6, lw=0)
@@ -87,7 +88,7 @@ def named_table(arms: Sequence[Arm]) -> Table:
         rows += [
             (condition, str(run.seed), str(key), lab_tables.effect(row),
              lab_tables.optional(row["null_p"]))
-            for key, row in parts.sort_values("size").iterrows()
+            for key, row in parts.sort_values("size").to_dict("index").items()
         ]  # fmt: skip
     if not rows:
         raise UndefinedError("no set was named, by the source or by what its heads do on train")

@@ -92,11 +92,12 @@ def suppressors_table(arms: Sequence[Arm]) -> Table:
     rows = []
     for condition, run in lab_tables.runs(arms):
         train = lab_tables.effect_rows(run, "logit_diff", "train")
-        test = lab_tables.effect_rows(run, "logit_diff", "test")
-        for key in train.index[train["delta"] > 0][:SHOWN]:
-            there = test.loc[key]
+        test = lab_tables.effect_rows(run, "logit_diff", "test").to_dict("index")
+        found = train.loc[train["delta"] > 0, "delta"].iloc[:SHOWN]
+        for key, change in zip(map(str, found.index), found, strict=True):
+            there = test[key]
             rows.append((
-                condition, str(run.seed), str(key), number(float(train.loc[key, "delta"])),
+                condition, str(run.seed), key, number(float(change)),
                 lab_tables.effect(there), lab_tables.optional(there["p"]),
                 lab_tables.optional(there["q"]), lab_tables.optional(there["p_max"]),
                 lab_tables.optional(there["percentile_layer"], ".0f"),
@@ -121,12 +122,13 @@ def top_table(arms: Sequence[Arm]) -> Table:
     for condition, run in lab_tables.runs(arms):
         found = lab_tables.effect_rows(run, "logit_diff", "test")
         order = found["delta"].abs().sort_values(ascending=False, kind="stable").index[:SHOWN]
+        table = found.to_dict("index")
         n_unique = run.record.units
         n_unique = n_unique[(n_unique["metric"] == "logit_diff") & (n_unique["split"] == "test")]
         unique = int(n_unique["n_unique"].iloc[0])
         rows += [
-            (condition, str(run.seed), str(key), lab_tables.effect(found.loc[key]),
-             lab_tables.optional(found.loc[key, "q"]), str(unique))
+            (condition, str(run.seed), str(key), lab_tables.effect(table[str(key)]),
+             lab_tables.optional(table[str(key)]["q"]), str(unique))
             for key in order
         ]  # fmt: skip
     return Table(

@@ -83,7 +83,8 @@ class HeadsZero(HeadLab):
             )
         if not scales:
             raise ValueError("module.scales is an empty list, so that nothing would be done")
-        self.scales, self.ablation, self.n_donors = tuple(scales), ablation, n_donors
+        self.scales, self.n_donors = tuple(scales), n_donors
+        self.ablation: Ablation = ablation
         self.random_control = random_control
 
     def plan(self) -> list[Planned]:
