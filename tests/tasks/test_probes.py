@@ -16,7 +16,7 @@ import pytest
 from allostasis.tasks.probes import facts
 from allostasis.tasks.probes.encoded import Encoded
 from allostasis.tasks.probes.generate import FAMILIES, Generated, generate
-from allostasis.tasks.probes.rows import CORPORA, Corpus, Probe
+from allostasis.tasks.probes.rows import CORPORA, Corpus, Probe, data_hash, records
 from allostasis.tasks.probes.splits import assign
 from allostasis.tasks.probes.task import Probes
 
@@ -358,9 +358,9 @@ def test_too_few_references_are_an_error_that_says_so(tokenizer: Any, tmp_path: 
         '{"clean": "The capital of France is", "corrupt": "The capital of Italy is", '
         '"target": " Paris", "foil": " Rome"}\n'
     )
-    task = Probes(seed=0, corpus="facts", file=str(path))
+    task = Probes(seed=0, corpus="facts", file=str(path), sha256=data_hash(records(path)))
     made = task.build(tokenizer.encode, tokenizer)
-    assert [e.group for e in made.examples] == ["mine-0000"]
+    assert [e.group for e in made.examples] == ["The capital of France is"]
     with pytest.raises(ValueError, match="only 0 other prompts"):
         made.references(made.examples[0])
 
@@ -372,9 +372,9 @@ def test_answers_of_several_tokens_are_kept_only_for_spans(tokenizer: Any, tmp_p
         '"target": " Paris city", "foil": " Rome"}\n'
     )
     build = [
-        Probes(seed=0, corpus="facts", file=str(path), spans=spans).build(
-            tokenizer.encode, tokenizer
-        )
+        Probes(
+            seed=0, corpus="facts", file=str(path), sha256=data_hash(records(path)), spans=spans
+        ).build(tokenizer.encode, tokenizer)
         for spans in (False, True)
     ]
     assert (len(build[0].examples), build[0].dropped) == (0, {"multi_token_target": 1})

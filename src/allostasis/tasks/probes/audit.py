@@ -175,7 +175,7 @@ def _leaks(rows: Sequence[Probe], splits: Mapping[str, Split] | None) -> dict[st
     for row in rows:
         for text in (row.clean, row.corrupt):
             seen[text].add(splits[row.id])
-        groups[row.group or row.id].add(splits[row.id])
+        groups[row.cluster].add(splits[row.id])
     leaking = [
         row
         for row in rows

@@ -78,10 +78,10 @@ def swapped(family: str, length: Length) -> Iterator[Block]:
                 corrupt = (true | {"z": asked}) if kind == "world" else (swap | {"z": other})
                 rows.append(
                     Draft(
-                        family=family, template=f"{family}-{number}", group=group(x, y),
+                        family=family, template=f"{family}-{number}-{kind}", group=group(x, y),
                         cell=cell(
                             family, true="second" if asked == x else "first",
-                            asked="a" if asked == things[0] else "b", corrupt=kind,
+                            asked="a" if asked == things[0] else "b",
                         ),
                         clean=template.format(**swap, z=asked), corrupt=template.format(**corrupt),
                         target=f" {facts[other]}", foil=f" {facts[asked]}",

@@ -151,8 +151,8 @@ class Example:
 
     @property
     def group(self) -> str:
-        """Cluster: what rows share that are not independent; the row itself if it does not say."""
-        return self.row.group or self.row.id
+        """Cluster: what rows share that are not independent; see `Probe.cluster`."""
+        return self.row.cluster
 
     @property
     def recency(self) -> int:

@@ -110,11 +110,11 @@ def _check(corpus: Corpus, stocks: Mapping[str, Stock], made: Generated, n: int)
 def _extend(corpus: Corpus, stock: Stock, n_val: int, made: Generated) -> None:
     """Make rows of `val` from groups that are in no split, as far as there are any."""
     stock.release()
-    elsewhere = {row.group or "" for row in made.rows if made.splits[row.id] != "val"}
+    elsewhere = {row.cluster for row in made.rows if made.splits[row.id] != "val"}
     held: dict[str, set[str]] = defaultdict(set)
     for row in made.rows:
         if made.splits[row.id] == "val":
-            held[row.cell or ""].add(row.group or "")
+            held[row.cell or ""].add(row.cluster)
     for kind in itertools.cycle(stock.kinds):
         short = {kind for kind in stock.kinds if any(len(held[c]) < n_val for c in kind[1:])}
         if short <= stock.spent:

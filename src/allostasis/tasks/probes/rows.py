@@ -26,7 +26,7 @@ class Probe:
         id: Unlike any other row's of the corpus.
         corpus: Name of the corpus.
         family: What kind of question it is; None in files that do not say.
-        template: Which paraphrase of it.
+        template: Which paraphrase of it, and how it is corrupted where there are two ways.
         cell: Levels of the crossed factors, such as `either:fact=denied,query=with`.
         group: What rows share that are not independent: the pair of entities. Never in two splits.
         clean: The prompt after which the target is right.
@@ -45,6 +45,11 @@ class Probe:
     corrupt: str
     target: str
     foil: str
+
+    @property
+    def cluster(self) -> str:
+        """The group; in files that name none, the clean prompt: equal prompts stay together."""
+        return self.clean if self.group is None else self.group
 
     @property
     def recent(self) -> Literal["target", "foil"] | None:

@@ -29,7 +29,7 @@ def assign(rows: Sequence[Probe], *, seed: int = SEED) -> dict[str, Split]:
     """
     groups: dict[str, list[Probe]] = defaultdict(list)
     for row in rows:
-        groups[row.group or row.id].append(row)
+        groups[row.cluster].append(row)
     sizes = Counter(row.cell for row in rows)
     held: Counter[tuple[Split, str | None]] = Counter()
     total: Counter[Split] = Counter()

@@ -31,6 +31,7 @@ class Probes(L.LightningDataModule):
         n_reference: Prompts that a mean ablation averages over, at most.
         file: Rows of your own instead, as JSON lines, with the splits that lie beside them if there
             are any; `corpus` is then only a name.
+        sha256: Canonical hash of the file's rows: other rows are another run, not a finished one.
         spans: Whether answers of several tokens are kept, for `full_span`.
 
     Raises:
@@ -47,6 +48,7 @@ class Probes(L.LightningDataModule):
         frac: Annotated[float, Gt(0), Le(1)] = 0.8,
         n_reference: Annotated[int, Ge(8), Le(1000)] = 16,
         file: str | None = None,
+        sha256: str | None = None,
         spans: bool = False,
     ) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class Probes(L.LightningDataModule):
         self.seed, self.n_examples = seed, n_examples
         self.corpus: Corpus = corpus
         self.n_val, self.frac, self.n_reference = n_val, frac, n_reference
-        self.file, self.spans = file, spans
+        self.file, self.sha256, self.spans = file, sha256, spans
 
     def build(self, encode: Encode, tokenizer: Tokenizer) -> Encoded:
         """The corpus for one tokenizer.
@@ -72,7 +74,7 @@ class Probes(L.LightningDataModule):
 
         Raises:
             ValueError: Too few rows can be asked under this tokenizer, or the file is not the one
-                that was split.
+                that `sha256` names or that was split.
         """
         asker = Asker(encode, unknown=tokenizer.unk_token_id, spans=self.spans)
         if self.file is not None:
@@ -81,6 +83,11 @@ class Probes(L.LightningDataModule):
             is_split = split_path(path).is_file()
             made = Generated(rows, read_splits(path, rows) if is_split else assign(rows))
             digest = data_hash(records(path))
+            if digest != self.sha256:
+                raise ValueError(
+                    f"task.file={self.file} holds rows whose hash is {digest}, and task.sha256 is "
+                    f"{self.sha256}; if these are the rows you mean, set task.sha256={digest}"
+                )
         else:
             made = generate(
                 self.corpus, asker, n=self.n_examples, n_val=self.n_val, n_pool=self.n_reference
