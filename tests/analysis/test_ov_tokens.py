@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -121,3 +122,25 @@ def test_the_lexicons_are_as_large_as_said_and_share_no_word() -> None:
     assert [len(words) for words in ov.LEXICONS.values()] == [36, 21]
     for one, other in itertools.combinations(ov.LEXICONS.values(), 2):
         assert not one & other
+
+
+def test_two_runs_are_compared_by_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from allostasis.experiments.heads import compare
+
+    for name, shift in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        table = _tokens({(0, h): [f"w{10 * (h + shift) + i}" for i in range(9)] for h in range(4)})
+        table = table.assign(report="write", end="top")
+        table.to_parquet(tmp_path / name / "ov_tokens.parquet")
+    runs = [str(tmp_path / name) for name in "ab"]
+    assert compare.main([*runs, "--to", str(tmp_path / "pairs.csv")]) == 0
+    pairs = pd.read_csv(tmp_path / "pairs.csv", dtype={"left": str, "right": str})
+    best = pairs.set_index("left")
+    assert best.loc[["0.1", "0.2", "0.3"], "right"].tolist() == ["0.0", "0.1", "0.2"]
+    assert best.loc["0.1", "rbo"] == pytest.approx(1)
+    assert compare.main([*runs, "--heads", "0.0", "0.3"]) == 0
+    assert compare.main([*runs, "--heads", "0.0", "7.7"]) == 2
+    assert "head 7.7 is not in the run; it has 4" in capsys.readouterr().err
+    assert compare.main([runs[0], str(tmp_path / "none")]) == 2
