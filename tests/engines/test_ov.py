@@ -14,7 +14,12 @@ from allostasis.models.blocks import Decoder
 from allostasis.models.lens import bridge, pretrained
 from allostasis.models.zoo import LanguageModel
 
-ARCHS = ("gpt_neox", "llama", "gemma3_text", "gpt2")
+ARCHS = (
+    pytest.param("gpt_neox", marks=pytest.mark.slow),
+    pytest.param("llama", marks=pytest.mark.slow),
+    "gemma3_text",
+    "gpt2",
+)
 CLOSE = 2e-5
 
 

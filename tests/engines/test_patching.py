@@ -18,7 +18,11 @@ from allostasis.models.blocks import Decoder
 from allostasis.models.lens import bridge, pretrained
 from allostasis.models.zoo import LanguageModel
 
-ARCHS = ("gpt_neox", "llama", "gemma3_text")
+ARCHS = (
+    pytest.param("gpt_neox", marks=pytest.mark.slow),
+    pytest.param("llama", marks=pytest.mark.slow),
+    "gemma3_text",
+)
 EXACT = 1e-5
 SAME = 1e-6
 LENGTH = 8  # longer than the window of local attention

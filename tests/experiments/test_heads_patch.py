@@ -88,6 +88,7 @@ def _shares(table: pd.DataFrame, metric: str = "recovery") -> pd.DataFrame:
     return table[table["metric"] == metric].set_index("intervention")
 
 
+@pytest.mark.slow
 def test_recovery_is_the_ratio_of_sums_of_what_transformer_lens_gives(
     model: LanguageModel, tmp_path: Path
 ) -> None:
@@ -127,6 +128,33 @@ def test_recovery_is_the_ratio_of_sums_of_what_transformer_lens_gives(
         asymmetry = _shares(tables["metrics"], "asymmetry").loc[f"asymmetry:{unit.what}", "value"]
         want = (sums["denoise"] - sums["noise"]) / sums["apart"]
         assert asymmetry == pytest.approx(want, abs=2 * EXACT)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_tables(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"granularity": "mlp_out", "positions": "each", "windows": []}
+    whole = _run(_module(model, **settings), tmp_path / "whole")
+
+    class Stop:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def __call__(self, done: int, planned: int) -> None:
+            if 0 < done < planned:
+                raise KeyboardInterrupt
+
+    stopped = _module(model, **settings)
+    with monkeypatch.context() as patched:
+        patched.setattr("allostasis.experiments.heads.lab.Ticker", Stop)
+        with pytest.raises(KeyboardInterrupt):
+            _run(stopped, tmp_path / "again")
+    part = stopped.partial()
+    assert 0 < len(part["interventions"]) < len(whole["interventions"])
+    assert {*part["interventions"]["intervention"]} < {*whole["interventions"]["intervention"]}
+    resumed = _run(_module(model, **settings), tmp_path / "again")
+    for name, table in whole.items():
+        pd.testing.assert_frame_equal(resumed[name], table, check_exact=True)
 
 
 def test_full_overwrite_is_flagged_degenerate(model: LanguageModel, tmp_path: Path) -> None:
@@ -190,6 +218,7 @@ def test_mirrored_pairs_make_asymmetry_0_and_oriented_pairs_do_not(
     assert ratio == pytest.approx(oriented.loc[f"asymmetry:{key}", "value"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_one_direction_gives_the_same_as_both(model: LanguageModel, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"granularity": "head_out", "layers": [1], "windows": []}
     both = _shares(_run(_module(model, **settings), tmp_path / "both")["metrics"])
