@@ -83,8 +83,8 @@ def maps(arms: Sequence[Arm], report: str, name: str, unit: str) -> list[HeadMap
     made = []
     for title, values in found.items():
         grid = np.full(shape, np.nan)
-        for key, value in values.items():
-            grid[key] = value
+        layers, heads = (values.index.get_level_values(axis).astype(int) for axis in (0, 1))
+        grid[layers, heads] = values.to_numpy(float)
         nothing = np.full(shape, np.nan)
         made.append(HeadMap(title, unit, grid, nothing, nothing))
     return made
@@ -128,8 +128,9 @@ def _parts(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
 def _rows(run: RunView, report: str, tokens: pd.DataFrame) -> list[dict[str, Any]]:
     values = numbers(run, report)
     rows = []
-    for (layer, head), own in tokens.groupby(["layer", "head"]):
-        known = values.loc[(layer, head)]
+    for place, own in tokens.groupby(["layer", "head"]):
+        layer, head = (int(own[name].iloc[0]) for name in ("layer", "head"))
+        known = values.loc[place]
         rows.append({
             "head": f"{layer}.{head}",
             "values": [number(float(known[name])) for name in COLUMNS[report]],
@@ -167,7 +168,8 @@ def effects_table(arms: Sequence[Arm]) -> Table:
             ratio = "" if snr is None else number(float(snr.loc[(layer, head)]))
             rows.append((
                 condition, str(run.seed), f"{layer}.{head}",
-                f"{number(float(means[index]))} [{number(low[index])}, {number(high[index])}]",
+                f"{number(float(means[index]))} "
+                f"[{number(float(low[index]))}, {number(float(high[index]))}]",
                 ratio, _words(run, "write", layer, head, "top"),
                 _words(run, "write", layer, head, "bottom"),
             ))  # fmt: skip

@@ -108,7 +108,10 @@ def cluster(vectors: np.ndarray, grid: Sequence[float] = GRID) -> Clusters:
     best: Clusters | None = None
     for threshold in grid:
         labels = AgglomerativeClustering(
-            n_clusters=None, metric="precomputed", linkage="average", distance_threshold=threshold
+            n_clusters=None,  # pyright: ignore[reportArgumentType]
+            metric="precomputed",
+            linkage="average",
+            distance_threshold=threshold,
         ).fit_predict(distances)
         if not 2 <= len(set(labels)) < len(labels):
             continue
@@ -220,9 +223,10 @@ def lists(tokens: pd.DataFrame) -> dict[Place, list[str]]:
         tokens: Rows of one model, report and end, with layer, head, rank and token.
     """
     found: dict[Place, list[str]] = {}
-    for (layer, head), rows in tokens.sort_values("rank").groupby(["layer", "head"]):
+    for _, rows in tokens.sort_values("rank").groupby(["layer", "head"]):
+        place = int(rows["layer"].iloc[0]), int(rows["head"].iloc[0])
         words = [normalised(token) for token in rows["token"]]
-        found[int(layer), int(head)] = list(dict.fromkeys(word for word in words if word))
+        found[place] = list(dict.fromkeys(word for word in words if word))
     return found
 
 
@@ -296,7 +300,7 @@ def enrichment(found: Mapping[Place, Sequence[str]]) -> pd.DataFrame:
             made.append({
                 "lexicon": name, "layer": layer, "head": head, "n_words": a, "n_tokens": n,
                 "log_odds": float(np.log((a + 0.5) * (d + 0.5) / ((b + 0.5) * (c + 0.5)))),
-                "p": float(stats.fisher_exact([[a, b], [c, d]])[1]),
+                "p": float(stats.fisher_exact([[a, b], [c, d]]).pvalue),
             })  # fmt: skip
     table = pd.DataFrame(made)
     table["q"] = table.groupby("lexicon")["p"].transform(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -130,9 +131,9 @@ def _grid(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Means over seeds; the interval is the record's where there is one seed, else none."""
     value, low, high = np.full((3, height, width), np.nan)
-    keys = [rows["layer"].astype(int), columns.astype(int).rename("column")]
-    for (layer, column), own in rows.groupby(keys):
-        at = int(layer), int(column)
+    rows = rows.assign(column=columns.astype(int))
+    for _, own in rows.groupby(["layer", "column"]):
+        at = int(own["layer"].iloc[0]), int(own["column"].iloc[0])
         value[at] = own["found"].mean()
         if len(own) == 1:
             low[at], high[at] = own["ci_low"].iloc[0], own["ci_high"].iloc[0]
@@ -245,7 +246,7 @@ def _mean(run: RunView, metric: str, key: str) -> str:
     return number(float(own["value"].iloc[0])) if len(own) else "not recorded"
 
 
-def _share(row: Mapping[str, float]) -> str:
+def _share(row: Mapping[Any, Any]) -> str:
     value = number(float(row["value"]))
     if pd.isna(row["ci_low"]) or pd.isna(row["ci_high"]):
         return f"{value} [no interval]"

@@ -148,11 +148,10 @@ class GroupRun:
     @cached_property
     def source_columns(self) -> dict[str, np.ndarray]:
         """Readouts of the run that values come from, with the rows' answers; none without it."""
-        if self.settings.closeness is None:
+        name = self.settings.closeness
+        if name is None:
             return {}
-        return self._kept(
-            "source", (), lambda: self._read_run(self.source(self.settings.closeness))
-        )
+        return self._kept("source", (), lambda: self._read_run(self.source(name)))
 
     def finished(self, layer: int, units: Sequence[Unit]) -> dict[str, np.ndarray]:
         """Readouts of units that first act in a layer: [unit, row]; from disk where they lie."""

@@ -200,8 +200,9 @@ class Unit:
 
 def _layers(layers: tuple[int, ...]) -> str:
     """Layers as `9`, `9-13` where none is left out between, or `9+11`."""
-    is_window = len(layers) > 1 and layers == tuple(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if is_window else "+".join(map(str, layers))
+    first, last = min(layers), max(layers)
+    is_window = first < last and layers == tuple(range(first, last + 1))
+    return f"{first}-{last}" if is_window else "+".join(map(str, layers))
 
 
 def _order(member: Member) -> tuple[int, int]:

@@ -73,8 +73,10 @@ def words(listed: pd.DataFrame) -> pd.DataFrame:
     """ov_words.parquet: words of each lexicon in every head's lists, by report and end."""
     return pd.concat(
         [
-            ov_tokens.enrichment(ov_tokens.lists(some)).assign(report=report, end=end)
-            for (report, end), some in listed.groupby(["report", "end"])
+            ov_tokens.enrichment(ov_tokens.lists(some)).assign(
+                report=some["report"].iloc[0], end=some["end"].iloc[0]
+            )
+            for _, some in listed.groupby(["report", "end"])
         ],
         ignore_index=True,
     )

@@ -97,8 +97,8 @@ class HeadsPatch(HeadLab):
             trajectory=False, keep_examples=keep_examples, engine=engine, verify=verify,
         )  # fmt: skip
         self.directions = WAYS[direction]
-        wanted = [granularity] if isinstance(granularity, str) else granularity
-        self.granularity = tuple(dict.fromkeys(wanted))
+        wanted: list[Granularity] = [granularity] if isinstance(granularity, str) else granularity
+        self.granularity: tuple[Granularity, ...] = tuple(dict.fromkeys(wanted))
         if not self.granularity:
             raise ValueError("module.granularity is an empty list, so that nothing would be done")
         self.places = places(positions, self.granularity)

@@ -180,7 +180,7 @@ def _recovery_rows(pairs: Pairs, found: Mapping[Direction, Readings]) -> Iterato
     }
     for metric, some in kinds.items():
         if len(set(pairs.clusters(some))) > 1:
-            denoised, noised = (moved[name][:, some] for name in ("denoise", "noise"))
+            denoised, noised = moved["denoise"][:, some], moved["noise"][:, some]
             shares = patching.asymmetry(denoised, noised, pairs.apart[some], pairs.clusters(some))
             yield from _share_rows(metric, shares, both, pairs, some)
 
@@ -259,7 +259,7 @@ def summary(pairs: Pairs, metrics: pd.DataFrame, planned: pd.DataFrame) -> dict[
     for direction in ("denoise", "noise"):
         own = rows[rows["intervention"].astype(str).str.startswith(f"{direction}:")]
         if len(own):
-            best = own.loc[own["value"].astype(float).idxmax()]
+            best = own.iloc[int(own["value"].to_numpy(float).argmax())]
             told[f"largest_{direction}"] = best["intervention"]
             told[f"recovery_{direction}"] = float(best["value"])
     return told
