@@ -140,7 +140,7 @@ def _work(
 ) -> Status:
     """Build everything, train and test, close the tables; `facts` is filled on the way."""
     device = devices.resolve(cfg.device)
-    facts |= {"device_resolved": device.name, "device_name": device.model}
+    facts |= {"device_resolved": device.name, "device_name": device.model, "numerics": _numerics()}
     if cfg.gates:
         gates = instrument.run_gates()
         facts["gates"] = {gate.name: vars(gate) | {"passed": gate.passed} for gate in gates}
@@ -165,6 +165,15 @@ def _work(
     verified = all(gate["passed"] for gate in facts.get("gates", {}).values())
     verified = verified and facts.get("verify", {}).get("passed", True)
     return "done" if verified else "failed_verification"
+
+
+def _numerics() -> dict[str, Any]:
+    """Settings of torch that decide the last digits."""
+    return {
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def _build_all(cfg: DictConfig) -> tuple[Any, Any]:
@@ -198,7 +207,7 @@ def _look(
         with sampled(folder):
             trainer.test(module, datamodule=task, verbose=False)
     finally:
-        facts |= {**module.facts, "metrics": {}, "skipped": {}, "checkpoints": {}}
+        facts |= {"metrics": {}, "skipped": {}, "checkpoints": {}, **module.facts}
 
 
 def _train(

@@ -316,6 +316,7 @@ def test_every_summary_of_prompts_names_its_table() -> None:
         "total_effect": "examples", "effect_over_clean": "examples", "self_repair": "examples",
         "amplitude_share": "examples", "exchange_rate": "examples", "norm_ratio": "depths",
         "norm_excess": "depths", "head_variance": "examples", "stream_variance": "examples",
+        "logit_diff_change": "examples", "interaction": "examples", "recovery": "examples",
     }  # fmt: skip
 
 

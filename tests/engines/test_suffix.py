@@ -218,6 +218,45 @@ def test_forward_tokens_are_those_of_the_suffix(llama: LanguageModel) -> None:
     assert profile.naive_forward_tokens == 2 * 7 * 13
 
 
+def test_a_change_of_the_last_token_runs_that_token_alone(llama: LanguageModel) -> None:
+    rows = _rows(_prompts(2))
+    units = [Unit(members=((layer, 1),), positions="last") for layer in range(3)]
+    found = sweep(llama.decoder, rows, units)
+    whole = sweep(llama.decoder, rows, units, reuse_kv=False)
+    for name in READOUTS:
+        np.testing.assert_allclose(found.values[name], whole.values[name], atol=EXACT)
+    tokens = {"found": 2 * sum(3 - layer for layer in range(3)) / 3}
+    tokens["whole"] = 2 * sum(7 * (2 - layer) + 1 for layer in range(3)) / 3
+    shams = sum(7 * (2 - layer) + 1 for layer in range(3)) / 3
+    assert found.profile.forward_tokens == pytest.approx(2 * 7 + shams + tokens["found"])
+    assert whole.profile.forward_tokens == pytest.approx(2 * 7 + shams + tokens["whole"])
+
+
+def test_what_does_not_fit_into_memory_is_run_in_halves(
+    llama: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = _rows(_prompts(5))
+    units = [Unit(members=((layer, head),)) for layer in range(3) for head in range(4)]
+    want = sweep(llama.decoder, rows, units, budget=Budget(1000))
+    original = llama.decoder.attention
+
+    def scarce(layer: int, resid: torch.Tensor, call: Any) -> torch.Tensor:
+        if resid.shape[0] * resid.shape[1] > 40:
+            raise torch.OutOfMemoryError("no room")
+        return original(layer, resid, call)
+
+    llama.decoder.attention = scarce  # pyright: ignore[reportAttributeAccessIssue]
+    parts = Parts(tmp_path, "weights prompts")
+    try:
+        found = sweep(llama.decoder, rows, units, budget=Budget(100), parts=parts)
+    finally:
+        del llama.decoder.attention  # pyright: ignore[reportAttributeAccessIssue]
+    np.testing.assert_allclose(found.values["ld"], want.values["ld"], atol=EXACT)
+    assert found.profile.max_tokens == 25
+    assert "out of memory: 25 tokens side by side" in caplog.text
+    assert parts.budget(llama.decoder).max_tokens == 25  # where a later session goes on
+
+
 def test_finished_layers_are_read_instead_of_run(llama: LanguageModel, tmp_path: Path) -> None:
     rows = _rows(_prompts(3))
     units = [Unit(members=((layer, head),)) for layer in range(3) for head in range(2)]

@@ -167,6 +167,7 @@ def test_sham_has_zero_flip_rate(tmp_path: Path) -> None:
     assert (_read(metrics, "kl_divergence").loc[sham, "value"] < 1e-9).all()
 
 
+@pytest.mark.slow
 def test_positions_and_ablations_are_honoured(tmp_path: Path) -> None:
     """Trap 3."""
     ways: list[dict[str, Any]] = [
@@ -182,6 +183,7 @@ def test_positions_and_ablations_are_honoured(tmp_path: Path) -> None:
             assert np.abs(found[one].to_numpy() - found[other].to_numpy()).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_every_way_is_what_transformer_lens_gives(tmp_path: Path) -> None:
     for number, way in enumerate((
         {"ablation": "mean"}, {"ablation": "resample", "n_donors": 2}, {"positions": "last"},
@@ -388,6 +390,7 @@ def test_sets_without_heads_are_refused(sets: str) -> None:
         _pairs(sets=sets)
 
 
+@pytest.mark.slow
 def test_pairs_are_made_of_the_largest_suppressors_of_another_run(tmp_path: Path) -> None:
     """Largest change above 0 on train, not smallest value."""
     from allostasis.core.records import RunRecord

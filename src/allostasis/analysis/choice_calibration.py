@@ -54,7 +54,7 @@ def calibrate(logit_diff: np.ndarray, first: np.ndarray) -> Calibration:
         >>> found.ece, found.brier
         (0.0, 0.25)
     """
-    return Calibration(*_weighted(logit_diff, first, np.ones((1, len(first))))[0])
+    return Calibration(*_weighted(logit_diff, first, np.ones((1, len(first))))[0].tolist())
 
 
 def limits(
@@ -76,7 +76,7 @@ def limits(
     ends = np.quantile(
         _weighted(logit_diff, first, weights), [(1 - level) / 2, (1 + level) / 2], axis=0
     )
-    return Calibration(*ends[0]), Calibration(*ends[1])
+    return Calibration(*ends[0].tolist()), Calibration(*ends[1].tolist())
 
 
 def _weighted(logit_diff: np.ndarray, first: np.ndarray, weights: np.ndarray) -> np.ndarray:

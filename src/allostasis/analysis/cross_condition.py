@@ -276,15 +276,15 @@ def over_seeds(values: np.ndarray) -> dict[str, Any]:
 
     Example:
         >>> found = over_seeds(np.array([2.20, 2.45, 2.38]))
-        >>> [round(end, 4) for end in found["ci95"]]
-        [2.0229, 2.6637]
+        >>> [round(end, 3) for end in found["ci95"]]
+        [2.023, 2.664]
     """
-    made: dict[str, Any] = {"mean": float(values.mean()), "ci95": None, "values": [*values]}
+    made: dict[str, Any] = {"mean": float(values.mean()), "ci95": None, "values": values.tolist()}
     if len(values) > 1:
         if np.ptp(values) == 0:
             return made | {"ci_degenerate": True}
         interval = st.t_interval(values)
-        made["ci95"] = [interval.low, interval.high]
+        made["ci95"] = [float(end) for end in (interval.low, interval.high) if end is not None]
     return made
 
 

@@ -128,9 +128,9 @@ def _parts(arms: Sequence[Arm]) -> Iterator[dict[str, Any]]:
 def _rows(run: RunView, report: str, tokens: pd.DataFrame) -> list[dict[str, Any]]:
     values = numbers(run, report)
     rows = []
-    for place, own in tokens.groupby(["layer", "head"]):
-        layer, head = (int(own[name].iloc[0]) for name in ("layer", "head"))
-        known = values.loc[place]
+    for _, own in tokens.groupby(["layer", "head"]):
+        layer, head = int(own["layer"].iloc[0]), int(own["head"].iloc[0])
+        known = values.loc[(layer, head)]
         rows.append({
             "head": f"{layer}.{head}",
             "values": [number(float(known[name])) for name in COLUMNS[report]],

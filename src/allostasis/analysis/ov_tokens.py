@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -274,6 +275,12 @@ def _overlaps(left: Sequence[str], right: Sequence[str]) -> tuple[float, float]:
     return rank_biased_overlap(left, right), jaccard(left, right)
 
 
+def _fisher_p(table: list[list[int]]) -> float:
+    """Fisher's exact p, two-sided."""
+    found: Any = stats.fisher_exact(table)
+    return found.pvalue
+
+
 def enrichment(found: Mapping[Place, Sequence[str]]) -> pd.DataFrame:
     """Whether a head lists more words of a lexicon than all other heads do.
 
@@ -300,7 +307,7 @@ def enrichment(found: Mapping[Place, Sequence[str]]) -> pd.DataFrame:
             made.append({
                 "lexicon": name, "layer": layer, "head": head, "n_words": a, "n_tokens": n,
                 "log_odds": float(np.log((a + 0.5) * (d + 0.5) / ((b + 0.5) * (c + 0.5)))),
-                "p": float(stats.fisher_exact([[a, b], [c, d]]).pvalue),
+                "p": _fisher_p([[a, b], [c, d]]),
             })  # fmt: skip
     table = pd.DataFrame(made)
     table["q"] = table.groupby("lexicon")["p"].transform(

@@ -360,7 +360,7 @@ class Recorder(Callback):
             paths += [extra] if kind == "metrics" and extra.is_file() else []
             write_table(self.folder / f"{kind}.parquet", concatenate(paths, schema), schema)
         return {
-            "metrics": {name: _describe(metric) for name, metric in self.metrics.items()},
+            "metrics": {name: describe(metric) for name, metric in self.metrics.items()},
             "skipped": {name: dict(counts) for name, counts in sorted(self.skipped.items())},
         }
 
@@ -395,7 +395,8 @@ def _bare(need: str) -> str:
     return need.removeprefix("earlier.").removeprefix("initial.")
 
 
-def _describe(metric: Metric) -> dict[str, Any]:
+def describe(metric: Metric | type[Metric]) -> dict[str, Any]:
+    """What run.json says of a metric."""
     keys = ("symbol", "unit", "source", "functional", "direction", "audit_key")
     return {key: getattr(metric, key) for key in keys}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -52,6 +53,16 @@ def commit() -> tuple[str | None, bool | None]:
 
 
 @cache
+def diff_sha256() -> str | None:
+    """Hash of what the tree differs in from its commit; None where it does not differ."""
+    root = Path(__file__).resolve().parents[3]
+    if not commit()[1]:
+        return None
+    done = subprocess.run(["git", "-C", str(root), "diff", "HEAD"], capture_output=True, check=True)
+    return hashlib.sha256(done.stdout).hexdigest()
+
+
+@cache
 def installed() -> tuple[str, ...]:
     """Every installed package as `name==version`, sorted; no addresses, so no tokens in them."""
     names = {(d.metadata["Name"].lower(), d.version) for d in distributions() if d.metadata["Name"]}
@@ -95,6 +106,7 @@ class RunFile:
             "sessions": sessions,
             "commit": head,
             "dirty": dirty,
+            "diff_sha256": diff_sha256(),
             "versions": versions(),
             "platform": platform.platform(),
             "error": None,

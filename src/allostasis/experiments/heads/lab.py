@@ -16,6 +16,7 @@ import torch
 from annotated_types import Ge, Gt
 
 from allostasis.callbacks.progress import Ticker
+from allostasis.callbacks.recorder import describe
 from allostasis.core.seeding import derive
 from allostasis.engines.budget import Budget
 from allostasis.engines.parts import Parts
@@ -26,6 +27,14 @@ from allostasis.experiments.heads.asked import Asked
 from allostasis.experiments.heads.choices import Layers
 from allostasis.experiments.heads.tables import Planned, Readings
 from allostasis.interventions.ablate import Member, Op, Unit
+from allostasis.metrics.accuracy import Accuracy
+from allostasis.metrics.flip_rate import FlipRate
+from allostasis.metrics.kl_divergence import KLDivergence
+from allostasis.metrics.logit_diff import LogitDiff
+from allostasis.metrics.output_entropy import OutputEntropy
+from allostasis.metrics.prob_drop import ProbDrop
+from allostasis.metrics.trajectory_curvature import TrajectoryCurvature
+from allostasis.metrics.trajectory_step import TrajectoryStep
 from allostasis.models.zoo import LanguageModel
 from allostasis.tasks.probes.encoded import Encoded
 from allostasis.tasks.probes.task import Probes
@@ -35,6 +44,12 @@ log = logging.getLogger(__name__)
 Ablation = Literal["zero", "mean", "resample"]
 Span = Literal["first_token", "full_span"]
 Keep = Literal["all", "none"] | Annotated[int, Ge(1)]
+
+METRICS = (
+    Accuracy, FlipRate, KLDivergence, LogitDiff, OutputEntropy, ProbDrop, TrajectoryCurvature,
+    TrajectoryStep,
+)  # fmt: skip
+"""What the readouts are; run.json says so, so that a report can cite them."""
 
 OPS: dict[Ablation, Op] = {"zero": "scale", "mean": "mean", "resample": "resample"}
 Split = Literal["train", "test"]
@@ -264,6 +279,7 @@ class HeadLab(L.LightningModule):
 
     def _tell(self) -> None:
         self.facts |= {
+            "metrics": {metric.name: describe(metric) for metric in METRICS},
             "model": {**self.model.identity, "title": self.model.title},
             "tokenizer": self.model.facts,
             "seed_changes": "which prompts are drawn, donors, random controls, bootstrap; the "

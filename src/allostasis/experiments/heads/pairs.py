@@ -259,14 +259,14 @@ class HeadsPairs(HeadLab):
         return pd.concat(frames, ignore_index=True)
 
     def mark(self, readings: Readings) -> dict[str, str]:
-        """The set of chosen heads: claims are about it and its pairs."""
+        """The set of chosen heads, and its pairs, which it may itself be: claims are about them."""
         named = self._named(readings)
         if named is None:
             return {}
         v = self._effects(readings)
         at = {heads: key for heads, key in zip(v, readings.keys, strict=True)}
-        marks = {at[part]: "named pair" for part in lattice.parts_of(named) if len(part) == 2}
-        return marks | {at[named]: "named"}
+        pairs = {at[part]: "named pair" for part in lattice.parts_of(named) if len(part) == 2}
+        return {at[named]: "named"} | pairs
 
     def extra_columns(self, readings: Readings) -> dict[str, np.ndarray]:
         """What examples.parquet says of sets beside their readings: their interactions."""

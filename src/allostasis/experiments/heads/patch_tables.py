@@ -164,7 +164,7 @@ def _recovery_rows(pairs: Pairs, found: Mapping[Direction, Readings]) -> Iterato
     if pairs.gate:
         return
     at = pairs.competent
-    moved = {name: _moved(name, found[name]) for name in found}
+    moved: dict[Direction, np.ndarray] = {name: _moved(name, found[name]) for name in found}
     for name, values in moved.items():
         shares = patching.recovery(values[:, at], pairs.apart[at], pairs.clusters(at))
         yield from _share_rows("recovery", shares, found[name].interventions, pairs, at)

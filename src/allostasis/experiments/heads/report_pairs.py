@@ -80,7 +80,8 @@ def named_table(arms: Sequence[Arm]) -> Table:
     rows = []
     for condition, run in lab_tables.runs(arms):
         found = _sets(run)
-        named = found[found["set"] == "named"]
+        named = found[found["set"].isin(["named", "named pair"])]
+        named = named.sort_values("size", ascending=False)  # a set of two is its own pair
         if named.empty:
             continue
         whole = set(str(named["members"].iloc[0]).split("+"))

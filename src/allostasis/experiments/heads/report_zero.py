@@ -29,7 +29,7 @@ SHOWN = 8
 
 def figures(arms: Sequence[Arm]) -> list[Figure]:
     """One map a metric, corpora side by side."""
-    return [
+    maps = [
         Figure(
             f"{metric}_heads",
             title,
@@ -42,6 +42,29 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
         )
         for metric, (title, unit) in MAPPED.items()
     ]
+    across = Figure(
+        "cross_condition",
+        "What the corpora have in common",
+        "Changes of the logit difference on test in standard deviations over the heads of each "
+        "corpus, so that corpora can be compared, and their mean over corpora. A head that "
+        "suppresses everywhere is red in all of them.",
+        lambda: heatmap.draw(_standardised(arms)),
+        lambda: heatmap.page(_standardised(arms)),
+    )
+    return [*maps, across]
+
+
+def _standardised(arms: Sequence[Arm]) -> list[HeadMap]:
+    """Maps of effects over their spread, and the mean of these."""
+    maps = [one for one in _maps(arms, "logit_diff", "SD") if np.isfinite(one.values).any()]
+    found = []
+    for one in maps:
+        spread = np.nanstd(one.values)
+        values, low, high = one.values / spread, one.low / spread, one.high / spread
+        found.append(HeadMap(one.title, "SD", values, low, high))
+    nothing = np.full(found[0].values.shape, np.nan)
+    whole = np.mean([one.values for one in found], axis=0)
+    return [*found, HeadMap("mean over corpora", "SD", whole, nothing, nothing)]
 
 
 def tables(arms: Sequence[Arm]) -> list[Table]:
