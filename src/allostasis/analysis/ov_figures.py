@@ -130,7 +130,7 @@ def _rows(run: RunView, report: str, tokens: pd.DataFrame) -> list[dict[str, Any
     rows = []
     for _, own in tokens.groupby(["layer", "head"]):
         layer, head = int(own["layer"].iloc[0]), int(own["head"].iloc[0])
-        known = values.loc[(layer, head)]
+        known: Any = values.loc[(layer, head)]
         rows.append({
             "head": f"{layer}.{head}",
             "values": [number(float(known[name])) for name in COLUMNS[report]],
