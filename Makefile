@@ -7,7 +7,7 @@ ARGS   ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all check format bench report study grokking ioi constraint superposition \
-  heads_zero heads_pairs
+  heads_zero heads_pairs heads_patch heads_ov
 
 help: ## list these targets
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -55,6 +55,12 @@ heads_zero: .venv/smollm2 ## every head of SmolLM2 taken away alone, on four cor
 
 heads_pairs: .venv/smollm2 ## all heads, pairs and triples of its first layer, on four corpora (hours; ARGS=preset=quick takes minutes)
 	$(RUN) +exp=heads_pairs -m $(ARGS)
+
+heads_patch: .venv/smollm2 ## pairs of prompts patched both ways, by layer, position and head, on four corpora (hours; ARGS=preset=quick takes minutes)
+	$(RUN) +exp=heads_patch -m $(ARGS)
+
+heads_ov: .venv/smollm2 ## what every head of SmolLM2 writes, in its weights and on four corpora (ARGS=preset=quick takes minutes)
+	$(RUN) +exp=heads_ov -m $(ARGS)
 
 report: .venv/installed ## figures and claims for everything under outputs/
 	$(BIN)/python -m allostasis.report outputs

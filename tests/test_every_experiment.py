@@ -44,6 +44,14 @@ SHORT = {
     ],
     "heads_zero": ["model=tiny", "model.arch=llama", "module.layers=1", "module.verify.units=1"],
     "heads_pairs": ["model=tiny", "model.arch=gpt2", "module.verify.units=0"],
+    "heads_patch": [
+        "model=tiny",
+        "model.arch=gemma3_text",
+        "module.layers=2",
+        "module.positions=last",
+        "module.verify.units=1",
+    ],
+    "heads_ov": ["model=tiny", "model.arch=gpt_neox", "module.layers=1"],
     "ioi": ["model=tiny", "model.arch=qwen2", "module.heads=['1.0','2.1']"],
 }
 ARMS = [

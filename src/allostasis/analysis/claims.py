@@ -92,9 +92,10 @@ class Arms(Part):
 
 
 SetKind = Literal[
-    "single", "pair", "all", "random", "published", "suppressor", "named", "named pair", "restored"
-]
-"""Kinds of sets of heads: of `ioi` the first five, of the head lab the last four."""
+    "single", "pair", "all", "random", "published", "suppressor", "named", "named pair", "restored",
+    "writer", "head", "layer", "neuron", "window", "early", "middle", "late",
+]  # fmt: skip
+"""Kinds of sets: of `ioi` the first five, of the head lab the others; the last four are windows."""
 
 
 class Select(Part):
@@ -116,7 +117,7 @@ class Select(Part):
     layer: int | None = None
     head: int | None = None
     position: int | None = None
-    ablation: Literal["zero", "mean", "resample"] | None = None
+    ablation: Literal["zero", "mean", "resample", "denoise", "noise"] | None = None
     set: SetKind | None = None
     intervention: str | None = None
     depth: int | Literal["late"] | None = None

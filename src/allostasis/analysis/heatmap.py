@@ -1,4 +1,4 @@
-"""Layer-by-head maps: one number a head, as a picture and as a page that says every number.
+"""Maps of layers by heads or positions: a number a cell, as a picture and as a page that says it.
 
 The page is HTML and CSS alone: it runs nothing, asks for nothing from outside, and shows a cell's
 numbers where one points at it, taps it or reaches it with the keyboard.
@@ -32,7 +32,7 @@ STOPS = 9  # colours of the page's scale
 
 @dataclass(frozen=True)
 class HeadMap:
-    """One quantity of every head.
+    """One quantity of every head, or of every position of every layer.
 
     Attributes:
         title: What it is, in plain words.
@@ -42,6 +42,9 @@ class HeadMap:
         high: Upper limits.
         interval: What the intervals are, such as "95 % t over clusters".
         marked: (layer, head) pairs to outline.
+        across: What the columns are.
+        columns: Their names, where they are not counted from 0.
+        hints: What else there is to say of each column, such as its tokens.
     """
 
     title: str
@@ -51,6 +54,9 @@ class HeadMap:
     high: np.ndarray
     interval: str = "95 %"
     marked: Sequence[tuple[int, int]] = field(default=())
+    across: str = "head"
+    columns: Sequence[str] = field(default=())
+    hints: Sequence[str] = field(default=())
 
     @property
     def limit(self) -> float:
@@ -73,13 +79,23 @@ class HeadMap:
     def describe(self, layer: int, head: int) -> str:
         """What is known of one head, in a line."""
         value = self.values[layer, head]
+        where = f"head {layer}.{head}"
+        if self.columns:
+            hint = f" {self.hints[head]}" if self.hints else ""
+            where = f"layer {layer}, {self.across} {self.columns[head]}{hint}"
         if not np.isfinite(value):
-            return f"head {layer}.{head}, {self.title}: not measured"
-        text = f"head {layer}.{head}, {self.title}: {number(float(value))} {self.unit}"
+            return f"{where}, {self.title}: not measured"
+        text = f"{where}, {self.title}: {number(float(value))} {self.unit}"
         low, high = self.low[layer, head], self.high[layer, head]
         if np.isfinite([low, high]).all():
             text += f", {self.interval} [{number(float(low))}, {number(float(high))}]"
-        return f"{text}, percentile {self.percentiles[layer, head]:.0f} of all heads"
+        every = "cells" if self.columns else "heads"
+        return f"{text}, percentile {self.percentiles[layer, head]:.0f} of all {every}"
+
+    @property
+    def names(self) -> list[str]:
+        """What the columns are called."""
+        return [*self.columns] or [str(head) for head in range(self.values.shape[1])]
 
 
 def draw(maps: Sequence[HeadMap]) -> Canvas:
@@ -133,8 +149,9 @@ def _panel(axis: Axes, one: HeadMap) -> object:
             Rectangle((head - 0.5, layer - 0.5), 1, 1, fc="none", ec=INK, lw=1.6, zorder=3)
         )
     axis.set_title(one.title)
-    axis.set(xlim=(-0.5, heads - 0.5), ylim=(layers - 0.5, -0.5), xlabel="head")
-    axis.set_xticks(range(0, heads, 1 if heads <= 16 else 4))
+    axis.set(xlim=(-0.5, heads - 0.5), ylim=(layers - 0.5, -0.5), xlabel=one.across)
+    ticks = range(0, heads, 1 if heads <= 16 else 4)
+    axis.set_xticks(ticks, [one.names[tick] for tick in ticks])
     axis.set_yticks(range(0, layers, 1 if layers <= 16 else 5))
     axis.grid(visible=False)
     axis.tick_params(length=2)
@@ -178,7 +195,10 @@ def _cells(one: HeadMap) -> dict[str, object]:
     ]
     stops = [colour(one.limit * stop) for stop in np.linspace(-1, 1, STOPS)]
     ends = [number(-one.limit), "0", number(one.limit)]
-    return {"title": one.title, "unit": one.unit, "rows": rows, "stops": stops, "ends": ends}
+    return {
+        "title": one.title, "unit": one.unit, "rows": rows, "stops": stops, "ends": ends,
+        "names": one.names,
+    }  # fmt: skip
 
 
 def _check(maps: Sequence[HeadMap]) -> None:

@@ -41,6 +41,34 @@ def recovery(examples: pd.DataFrame) -> Pair:
     return column(examples, "ld") - whole, column(examples, "ld_clean") - whole
 
 
+def patch_recovery(examples: pd.DataFrame) -> Pair:
+    """Share of the distance between the two runs that a patch covers; 1: all of it.
+
+    Over the pairs of competent cells; of one direction, which `select.ablation` names.
+    """
+    return column(examples, "recovery"), column(examples, "recovery_of")
+
+
+def patch_asymmetry(examples: pd.DataFrame) -> Pair:
+    """Share that denoising covers less the share that noising does, paired; 0: symmetric.
+
+    Over the pairs whose clean prompt the model answers more clearly than the corrupt one: of a pair
+    and its mirror image, over which the two shares are equal by construction, one. Rows of both
+    directions are needed, so that no `select.ablation` is.
+    """
+    return column(examples, "asymmetry"), column(examples, "asymmetry_of")
+
+
+def direct_effect(examples: pd.DataFrame) -> Column:
+    """What a head writes towards the target less towards the foil, logit; below 0: against it."""
+    return column(examples, "delta")
+
+
+def hedge_shift(examples: pd.DataFrame) -> Column:
+    """What a head adds to hedges beyond other words, less what the other heads do; logit."""
+    return column(examples, "hedge") - column(examples, "hedge_rest")
+
+
 def effect_over_clean(examples: pd.DataFrame) -> Pair:
     """Change of the logit difference as a share of the clean one; -1: all of it is lost."""
     return column(examples, "te"), column(examples, "ld_clean")

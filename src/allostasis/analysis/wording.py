@@ -140,8 +140,15 @@ def _selected(select: Select) -> str:
         "suppressor": "the head of layer 0 with the largest effect on train",
         "named": "the named set", "named pair": "each pair of the named set",
         "restored": "the named set but for each of its heads",
+        "writer": "the head that writes most against the target on train",
+        "head": "each head", "layer": "each layer", "neuron": "each neuron",
+        "window": "layers patched together", "early": "the first third of the layers",
+        "middle": "the middle third of the layers", "late": "the last third of the layers",
     }  # fmt: skip
-    words = [] if select.ablation is None else [f"{select.ablation} ablation of"]
+    patched = {"denoise": "denoising patch of", "noise": "noising patch of"}
+    words = []
+    if select.ablation is not None:
+        words = [patched.get(select.ablation, f"{select.ablation} ablation of")]
     words += [heads[select.set]] if select.set is not None else []
     words += [select.intervention] if select.intervention is not None else []
     where = {None: "", "late": ", at every late depth"}.get(select.depth, f", depth {select.depth}")

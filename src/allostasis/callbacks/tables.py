@@ -13,14 +13,20 @@ import pyarrow as pa
 from lightning.pytorch.callbacks import Callback
 
 from allostasis.callbacks.recorder import Identity
-from allostasis.core.records import METRICS_SCHEMA, TIMES_SCHEMA, UNITS_SCHEMA, write_table
+from allostasis.core.records import (
+    METRICS_SCHEMA,
+    TIMES_SCHEMA,
+    UNITS_SCHEMA,
+    write_json,
+    write_table,
+)
 
 STEP = 0
 """The `step` of a row that names none: nothing is trained."""
 
 
 class Tables(Callback):
-    """Writes `outputs["tables"]` of a test step: data frames by file name.
+    """Writes `outputs["tables"]` of a test step, data frames by file name, and its "documents".
 
     `metrics` gets the columns of metrics.parquet and those that say which intervention a row is of,
     and its own `step` where an experiment trains a model on its way; every other table keeps its
@@ -46,6 +52,8 @@ class Tables(Callback):
         """Write the tables."""
         del trainer, pl_module
         self._write(outputs["tables"])
+        for name, content in outputs.get("documents", {}).items():
+            write_json(self.folder / f"{name}.json", content)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write what is finished, where the module can tell; the run stays unfinished."""

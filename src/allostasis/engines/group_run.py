@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import numpy as np
@@ -20,6 +20,7 @@ from allostasis.engines.prompts import Group
 from allostasis.engines.readouts import TRAJECTORY, Reader, trajectory_of
 from allostasis.engines.start import Start
 from allostasis.interventions.ablate import Site, Unit
+from allostasis.interventions.latent import Latents
 from allostasis.models.blocks import Capture, Decoder
 
 SHAM = 1e-5
@@ -64,11 +65,15 @@ class Settings:
         names: Readouts.
         sites: Sites of all units, whose activations are kept.
         reuse_kv: Whether units that act on the last token alone run that token alone.
+        latents: Dictionaries by the layer that they read.
+        closeness: The source whose output is read too, if any.
     """
 
     names: tuple[str, ...]
     sites: frozenset[Site]
     reuse_kv: bool
+    latents: Mapping[int, Latents] = field(default_factory=dict)
+    closeness: str | None = None
 
     @property
     def kept(self) -> frozenset[str]:
@@ -118,11 +123,18 @@ class GroupRun:
     @cached_property
     def reader(self) -> Reader:
         """What reads the group's answers."""
-        end = self.clean.resid_pre[-1]
-        rows = torch.arange(len(end), device=end.device)
+        closeness = self.settings.closeness
         return Reader(
-            self.decoder, self.group, self._output_names, clean_end=end[rows, self.group.last]
+            self.decoder,
+            self.group,
+            self._output_names,
+            clean_end=self._at_last(self.clean),
+            source_end=None if closeness is None else self._at_last(self.source(closeness)),
         )
+
+    def _at_last(self, found: Capture) -> Float[Tensor, "kind d_model"]:
+        end = found.resid_pre[-1]
+        return end[torch.arange(len(end), device=end.device), self.group.last]
 
     @property
     def _output_names(self) -> tuple[str, ...]:
@@ -132,6 +144,14 @@ class GroupRun:
     def clean_columns(self) -> dict[str, np.ndarray]:
         """Readouts of the untouched model, one number a row."""
         return self._kept("clean", (), self._read_clean)
+
+    @cached_property
+    def source_columns(self) -> dict[str, np.ndarray]:
+        """Readouts of the run that values come from, with the rows' answers; none without it."""
+        name = self.settings.closeness
+        if name is None:
+            return {}
+        return self._kept("source", (), lambda: self._read_run(self.source(name)))
 
     def finished(self, layer: int, units: Sequence[Unit]) -> dict[str, np.ndarray]:
         """Readouts of units that first act in a layer: [unit, row]; from disk where they lie."""
@@ -150,9 +170,12 @@ class GroupRun:
         return found
 
     def _read_clean(self) -> dict[str, np.ndarray]:
-        found = self.reader.read(self.reader.clean_end[None])
+        return self._read_run(self.clean)
+
+    def _read_run(self, found_in: Capture) -> dict[str, np.ndarray]:
+        found = self.reader.read(self._at_last(found_in)[None])
         if self.settings.names[-1] in TRAJECTORY:
-            found |= self._of_kinds(trajectory_of(self.clean.resid_pre[-2])[None])
+            found |= self._of_kinds(trajectory_of(found_in.resid_pre[-2])[None])
         return {name: numpy(column)[0] for name, column in found.items()}
 
     def _of_kinds(self, columns: Float[Tensor, "unit kind number"]) -> dict[str, Tensor]:
@@ -210,8 +233,9 @@ class GroupRun:
         decoder, kind, last = self.decoder, pairs[:, 1], self.decoder.n_layers - 1
         keys = self.keys if self._is_tail(units[0]) else None
         start = Start(
-            decoder, self.clean, self.group, layer, units, pairs[:, 0], kind, self.source, keys
-        )
+            decoder, self.clean, self.group, layer, units, pairs[:, 0], kind, self.source,
+            self.settings.latents, keys,
+        )  # fmt: skip
         resid = start.after_block()
         path = self._path(None, kind) if layer == last else None
         with start.later_members():
@@ -221,7 +245,7 @@ class GroupRun:
                 attn_out = decoder.attention(later, resid, start.call(later))
                 if later == last:
                     resid, attn_out = start.at_last(resid), start.at_last(attn_out)
-                resid = decoder.after_attention(later, resid, attn_out)
+                resid = start.after_later_block(later, resid, attn_out)
         self.profile.n_passes += 1
         layers = decoder.n_layers - layer - 1  # the last one, and this one if last, at one token
         tokens = layers + 1 if keys is not None else self.group.ids.shape[1] * layers + 1

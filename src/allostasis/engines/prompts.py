@@ -16,6 +16,8 @@ from allostasis.models.blocks import Decoder
 
 Prompt = tuple[int, ...]
 Pad = Literal["none", "left", "right"]
+Places = Sequence[tuple[int, int]]
+"""Positions that have a role in a prompt, each with where it is in its source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,8 @@ class Group:
         target: For each of them, the right answer.
         foil: For each of them, the wrong answer.
         sources: By name, the prompts of each kind whose mean activations are put in.
+        aligned: By role, for each position of each kind, where it is in the run that values come
+            from; -1 at positions without the role.
     """
 
     ids: Int[Tensor, "kind position"]
@@ -72,6 +76,7 @@ class Group:
     target: Int[Tensor, " row"]
     foil: Int[Tensor, " row"]
     sources: dict[str, list[Sequence[Prompt]]] = field(default_factory=dict)
+    aligned: dict[str, Int[Tensor, "kind position"]] = field(default_factory=dict)
 
 
 def group_rows(
@@ -79,12 +84,16 @@ def group_rows(
     sources: Mapping[str, Sequence[Sequence[Prompt]]],
     pad: Pad,
     decoder: Decoder,
+    roles: Mapping[str, Sequence[Places]] | None = None,
 ) -> list[Group]:
     """Group a sweep's rows by length, or all of them with padding.
 
     Raises:
-        ValueError: A source does not have prompts of the right length for every row.
+        ValueError: A source does not have prompts of the right length for every row, or a role not
+            places within every prompt.
     """
+    roles = roles or {}
+    _check_roles(rows, roles, pad)
     for name, wanted in sources.items():
         if len(wanted) != len(rows) or not all(wanted):
             raise ValueError(
@@ -102,7 +111,23 @@ def group_rows(
     together: dict[int, list[int]] = defaultdict(list)
     for row, prompt in enumerate(rows.prompts):
         together[len(prompt) if pad == "none" else 0].append(row)
-    return [_group(rows, chosen, sources, pad, decoder) for _, chosen in sorted(together.items())]
+    return [
+        _group(rows, chosen, sources, pad, decoder, roles) for _, chosen in sorted(together.items())
+    ]
+
+
+def _check_roles(rows: Rows, roles: Mapping[str, Sequence[Places]], pad: Pad) -> None:
+    if pad != "none" and roles:
+        raise ValueError("roles are places in prompts without padding; take pad=none")
+    for name, wanted in roles.items():
+        if len(wanted) != len(rows):
+            raise ValueError(f"role '{name}' has places for {len(wanted)} of {len(rows)} rows")
+        for row, (prompt, places) in enumerate(zip(rows.prompts, wanted, strict=True)):
+            if not all(0 <= at < len(prompt) for pair in places for at in pair):
+                raise ValueError(
+                    f"role '{name}', row {row}: places {list(places)} do not all lie within its "
+                    f"{len(prompt)} tokens"
+                )
 
 
 def _group(
@@ -111,12 +136,17 @@ def _group(
     sources: Mapping[str, Sequence[Sequence[Prompt]]],
     pad: Pad,
     decoder: Decoder,
+    roles: Mapping[str, Sequence[Places]],
 ) -> Group:
-    kinds: dict[tuple[Prompt, ...], int] = {}
+    kinds: dict[tuple[object, ...], int] = {}
     first: list[int] = []
     kind = []
     for row in chosen:
-        key = (rows.prompts[row], *(p for name in sources for p in sources[name][row]))
+        key = (
+            rows.prompts[row],
+            *(p for name in sources for p in sources[name][row]),
+            *(tuple(roles[name][row]) for name in roles),
+        )
         if key not in kinds:
             kinds[key] = len(kinds)
             first.append(row)
@@ -127,6 +157,11 @@ def _group(
     for row, prompt in enumerate(prompts):
         place = slice(width - len(prompt), width) if pad == "left" else slice(0, len(prompt))
         ids[row, place], mask[row, place] = torch.tensor(prompt), 1
+    aligned = {name: torch.full_like(ids, -1) for name in roles}
+    for name, place in aligned.items():
+        for kind_row, row in enumerate(first):
+            for here, there in roles[name][row]:
+                place[kind_row, here] = there
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     last = torch.full_like(lengths, width - 1) if pad == "left" else lengths - 1
     device = decoder.device
@@ -139,4 +174,5 @@ def _group(
         target=torch.tensor([rows.target[row] for row in chosen], device=device),
         foil=torch.tensor([rows.foil[row] for row in chosen], device=device),
         sources={name: [wanted[row] for row in first] for name, wanted in sources.items()},
+        aligned={name: place.to(device) for name, place in aligned.items()},
     )

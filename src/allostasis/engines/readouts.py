@@ -23,6 +23,10 @@ KL(clean || changed) over the vocabulary, nats. entropy: nats. rank_target: how 
 larger logit. pred_id: the token with the largest one.
 """
 
+CLOSENESS = "kl_source"
+"""KL(source || changed), nats: how far the output still is from that of the run that values come
+from; read where that run is given."""
+
 TRAJECTORY = ("step_first5", "step_rest", "step_no_first", "curvature", "curvature_no_first")
 """Names of what is read of all positions before the last block.
 
@@ -50,6 +54,7 @@ class Reader:
         group: Prompts and answers.
         names: Which of `READOUTS`.
         clean_end: The untouched model's streams, against which `kl` is taken.
+        source_end: Those of the run that values come from, for `kl_source`; None reads none.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Reader:
         names: Sequence[str],
         *,
         clean_end: Float[Tensor, "kind d_model"],
+        source_end: Float[Tensor, "kind d_model"] | None = None,
     ) -> None:
         self.decoder, self.group, self.names = decoder, group, names
         apart = decoder.W_U[:, group.target].float() - decoder.W_U[:, group.foil].float()
@@ -66,7 +72,7 @@ class Reader:
         if decoder.unembed_bias is not None:
             bias = decoder.unembed_bias.float()
             self.bias = bias[group.target] - bias[group.foil]
-        self.clean_end = clean_end
+        self.clean_end, self.source_end = clean_end, source_end
         self.kind = group.kind.to(clean_end.device)
 
     def read(
@@ -95,7 +101,11 @@ class Reader:
         logp, clean = self._logp(ends[unit, self.kind[row]]), self._clean(row)
         target, foil = self.group.target[row, None], self.group.foil[row, None]
         own = logp.gather(1, target)
-        return {
+        found = {}
+        if self.source_end is not None:
+            source = self._logp(self.source_end[self.kind[row]])
+            found[CLOSENESS] = torch.linalg.vecdot(source.exp(), source - logp).clamp(min=0)
+        return found | {
             "logp_target": own[:, 0],
             "logp_foil": logp.gather(1, foil)[:, 0],
             "kl": kl_divergence(clean, logp),

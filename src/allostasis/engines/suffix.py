@@ -23,9 +23,10 @@ import torch
 from allostasis.engines.budget import Budget
 from allostasis.engines.group_run import GroupRun, Profile, Settings, ShamError, peak_memory
 from allostasis.engines.parts import Parts
-from allostasis.engines.prompts import Pad, Prompt, Rows, group_rows
-from allostasis.engines.readouts import READOUTS, TRAJECTORY
+from allostasis.engines.prompts import Pad, Places, Prompt, Rows, group_rows
+from allostasis.engines.readouts import CLOSENESS, READOUTS, TRAJECTORY
 from allostasis.interventions.ablate import Unit
+from allostasis.interventions.latent import Latents
 from allostasis.models.blocks import Decoder
 
 __all__ = ["Precision", "Profile", "ShamError", "Swept", "check_units", "products_in", "sweep"]
@@ -52,12 +53,14 @@ class Swept:
         units: In the order given.
         values: By readout, one row a unit and one column a prompt.
         clean: The same of the untouched model, one number a prompt.
+        source: The same of the run that values come from, where `closeness` names one.
         profile: What it cost.
     """
 
     units: tuple[Unit, ...]
     values: dict[str, np.ndarray]
     clean: dict[str, np.ndarray]
+    source: dict[str, np.ndarray]
     profile: Profile
 
 
@@ -68,6 +71,9 @@ def sweep(
     units: Sequence[Unit],
     *,
     sources: Mapping[str, Sequence[Sequence[Prompt]]] | None = None,
+    roles: Mapping[str, Sequence[Places]] | None = None,
+    latents: Sequence[Latents] = (),
+    closeness: str | None = None,
     full: bool = True,
     pad: Pad = "none",
     precision: Precision = "fp32",
@@ -85,6 +91,11 @@ def sweep(
         units: What to do to it, one at a time.
         sources: For each `Unit.source`, for each row, the prompts (of that row's length) whose mean
             activations are put in; one prompt for `resample` and `patch`.
+        roles: For each ROLE of units at `aligned:ROLE`, the positions of each row that have it,
+            with where they are in the row's source.
+        latents: Dictionaries for units at `sae_latent`, at most one a layer.
+        closeness: A source, of one prompt a row: its output is read too, and `kl_source` says how
+            far from it each unit's output still is.
         full: Whether to read all of `READOUTS`; otherwise `ld` alone, which needs two columns of
             the unembedding.
         pad: `none` runs prompts of one length together; `left` and `right` mix lengths.
@@ -107,20 +118,30 @@ def sweep(
     begun = time.perf_counter()
     if trajectory and pad != "none":
         raise ValueError("a trajectory runs over real tokens only; take pad=none")
-    names = (*(READOUTS if full else READOUTS[:1]), *(TRAJECTORY if trajectory else ()))
-    sources = sources or {}
-    check_units(decoder, units, sources)
+    names = (
+        *(READOUTS if full else READOUTS[:1]),
+        *((CLOSENESS,) if full and closeness is not None else ()),
+        *(TRAJECTORY if trajectory else ()),
+    )
+    sources, by_layer = sources or {}, {dictionary.layer: dictionary for dictionary in latents}
+    check_units(decoder, units, sources, roles or {}, by_layer)
     if budget is None:
         budget = parts.budget(decoder) if parts is not None else Budget.measured(decoder)
-    groups = group_rows(rows, sources, pad, decoder)
+    groups = group_rows(rows, sources, pad, decoder, roles)
     profile = Profile()
-    settings = Settings(names, frozenset(unit.site for unit in units), reuse_kv and pad == "none")
+    settings = Settings(
+        names,
+        frozenset(unit.site for unit in units),
+        reuse_kv and pad == "none",
+        latents=by_layer,
+        closeness=closeness,
+    )
     runs = [
         GroupRun(decoder, group, budget, profile, settings, parts, number)
         for number, group in enumerate(groups)
     ]
     values = {name: np.zeros((len(units), len(rows))) for name in names}
-    clean = {name: np.zeros(len(rows)) for name in names}
+    clean, source = ({name: np.zeros(len(rows)) for name in names} for _ in range(2))
     done = 0
     for layer in sorted({unit.layer for unit in units}):
         chosen = [index for index, unit in enumerate(units) if unit.layer == layer]
@@ -135,16 +156,22 @@ def sweep(
     for run in runs:
         for name, column in run.clean_columns.items():
             clean[name][run.group.rows] = column
+        for name, column in run.source_columns.items():
+            source[name][run.group.rows] = column
     profile.n_unique = sum(len(group.ids) for group in groups)
     profile.max_tokens = budget.max_tokens
     profile.naive_forward_tokens = float(sum(map(len, rows.prompts)) * (len(units) + 1))
     profile.peak_memory_bytes = peak_memory(decoder.device)
     profile.wall_s = time.perf_counter() - begun
-    return Swept(tuple(units), values, clean, profile)
+    return Swept(tuple(units), values, clean, source if closeness is not None else {}, profile)
 
 
 def check_units(
-    decoder: Decoder, units: Sequence[Unit], sources: Mapping[str, Sequence[Sequence[Prompt]]]
+    decoder: Decoder,
+    units: Sequence[Unit],
+    sources: Mapping[str, Sequence[Sequence[Prompt]]],
+    roles: Mapping[str, Sequence[Places]],
+    latents: Mapping[int, Latents],
 ) -> None:
     """Refuse units that the model has no place for, or whose values are not given.
 
@@ -152,16 +179,28 @@ def check_units(
         ValueError: With what was got and what there is.
     """
     for unit in units:
-        for layer, head in unit.members:
+        for layer, index in unit.members:
             if not 0 <= layer < decoder.n_layers:
                 raise ValueError(
                     f"{unit.key}: the model has layers 0 to {decoder.n_layers - 1}, not {layer}"
                 )
-            if head is not None and not 0 <= head < decoder.n_heads:
+            if unit.site == "sae_latent" and layer not in latents:
+                raise ValueError(f"{unit.key}: no dictionary that reads layer {layer} is given")
+            noun, n = "heads", decoder.n_heads
+            if unit.site == "mlp_post":
+                noun, n = "neurons", decoder.W_down(layer).shape[0]
+            if unit.site == "sae_latent":
+                noun, n = "latents", latents[layer].n_latents
+            if index is not None and not 0 <= index < n:
+                hint = ". Heads are written LAYER.HEAD, for example 9.6." if noun == "heads" else ""
                 raise ValueError(
-                    f"{unit.key}: layer {layer} has heads 0 to {decoder.n_heads - 1}, not {head}. "
-                    "Heads are written LAYER.HEAD, for example 9.6."
+                    f"{unit.key}: layer {layer} has {noun} 0 to {n - 1}, not {index}{hint}"
                 )
+        if unit.role is not None and unit.role not in roles:
+            raise ValueError(
+                f"{unit.key}: no positions are given for role '{unit.role}'; given are "
+                f"{', '.join(roles) or 'none'}"
+            )
         if unit.site == "resid_mid" and decoder.is_parallel:
             raise ValueError(
                 f"{unit.key}: attention and MLP of this model read the same stream, so that there "

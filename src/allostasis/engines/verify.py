@@ -11,13 +11,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from allostasis.engines.prompts import Prompt, Rows
+from allostasis.engines.prompts import Places, Prompt, Rows
 from allostasis.engines.suffix import Precision, Swept, sweep
 from allostasis.interventions.ablate import Unit
+from allostasis.interventions.latent import Latents, with_latents
 from allostasis.models.lens import bridge
 from allostasis.models.zoo import LanguageModel
 
 Hook = tuple[str, Callable[..., Tensor]]
+At = tuple[Any, Any]
+"""Positions of the prompt and, one for one, of the source."""
 
 ATOL: Mapping[Precision, float] = {"fp32": 1e-3, "bf16": 0.25}
 """By how much a logit difference may be off, in logits."""
@@ -28,6 +31,7 @@ HOOKS: Mapping[str, str] = {
     "z": "attn.hook_z",
     "attn_out": "hook_attn_out",
     "mlp_out": "hook_mlp_out",
+    "mlp_post": "mlp.hook_post",
     "resid_pre": "hook_resid_pre",
     "resid_post": "hook_resid_post",
 }
@@ -49,7 +53,13 @@ class Oracle:
 
     @torch.no_grad()
     def logits(
-        self, prompt: Prompt, unit: Unit | None = None, sources: Sequence[Prompt] = ()
+        self,
+        prompt: Prompt,
+        unit: Unit | None = None,
+        sources: Sequence[Prompt] = (),
+        *,
+        places: Places = (),
+        latents: Latents | None = None,
     ) -> Tensor:
         """Logits at the last token of one prompt.
 
@@ -57,18 +67,25 @@ class Oracle:
             prompt: Token ids.
             unit: What is done; None leaves the model as it is.
             sources: The prompts whose mean activations are put in.
+            places: The positions that have the unit's role, with where they are in the source.
+            latents: The dictionary whose latents a unit is about.
         """
         ids = torch.tensor([prompt], device=self.bridge.cfg.device)
-        hooks = [] if unit is None else self._hooks(unit, sources, last=len(prompt) - 1)
+        hooks = []
+        if unit is not None:
+            hooks = self._hooks(unit, sources, _positions(unit, len(prompt) - 1, places), latents)
         return self.bridge.run_with_hooks(ids, fwd_hooks=hooks)[0, -1]
 
-    def _hooks(self, unit: Unit, sources: Sequence[Prompt], *, last: int) -> list[Hook]:
+    def _hooks(
+        self, unit: Unit, sources: Sequence[Prompt], at: At, latents: Latents | None
+    ) -> list[Hook]:
         hooks: list[Hook] = []
-        if unit.site == "resid_mid":
-            return self._mid(unit, sources, last)
+        site = unit.site if latents is None else latents.site
+        if site == "resid_mid":
+            return self._mid(unit, sources, at, latents)
         for layer in unit.layers:
-            name = f"blocks.{layer}.{HOOKS[unit.site]}"
-            hooks.append((name, self._change(unit, layer, self._mean(name, sources), last)))
+            name = f"blocks.{layer}.{HOOKS[site]}"
+            hooks.append((name, self._change(unit, layer, self._mean(name, sources), at, latents)))
         return hooks
 
     def _mean(self, name: str, sources: Sequence[Prompt]) -> Tensor | None:
@@ -81,7 +98,9 @@ class Oracle:
             found.append(self._seen[name, prompt])
         return torch.stack(found).mean(dim=0) if found else None
 
-    def _mid(self, unit: Unit, sources: Sequence[Prompt], last: int) -> list[Hook]:
+    def _mid(
+        self, unit: Unit, sources: Sequence[Prompt], at: At, latents: Latents | None
+    ) -> list[Hook]:
         """Change resid_mid = resid_pre + attn_out by way of attn_out."""
         pre, out = (f"blocks.{unit.layer}.{HOOKS[site]}" for site in ("resid_pre", "attn_out"))
         source = None
@@ -89,7 +108,7 @@ class Oracle:
             write = self._mean(out, sources)
             assert write is not None
             source = there + write
-        change = self._change(unit, unit.layer, source, last)
+        change = self._change(unit, unit.layer, source, at, latents)
         stream: list[Tensor] = []
 
         def keep(value: Tensor, hook: Any) -> Tensor:
@@ -103,19 +122,34 @@ class Oracle:
         return [(pre, keep), (out, write_difference)]
 
     @staticmethod
-    def _change(unit: Unit, layer: int, source: Tensor | None, last: int) -> Callable[..., Tensor]:
+    def _change(
+        unit: Unit, layer: int, source: Tensor | None, at: At, latents: Latents | None
+    ) -> Callable[..., Tensor]:
+        here, there = at
+
         def change(value: Tensor, hook: Any) -> Tensor:
             del hook
             value = value.clone()
-            at: Any = {"all": slice(None), "last": [last]}.get(str(unit.positions))
-            at = [*unit.positions] if at is None else at
-            heads: Any = unit.heads(layer) if unit.site == "z" else [slice(None)]
+            if latents is not None:
+                value[:, here] = with_latents(latents, value[:, here], unit)
+                return value
+            within = unit.heads(layer)
+            heads: Any = within or [slice(None)]
             for head in heads:
-                there = None if source is None else source[:, at, head]
-                value[:, at, head] = unit.value(value[:, at, head], there)
+                new = None if source is None else source[:, there, head]
+                value[:, here, head] = unit.value(value[:, here, head], new)
             return value
 
         return change
+
+
+def _positions(unit: Unit, last: int, places: Places) -> At:
+    """Which positions a unit changes, with where their values come from."""
+    if unit.role is not None:
+        return [here for here, _ in places], [there for _, there in places]
+    words = {"all": slice(None), "last": [last]}
+    at = words[unit.positions] if isinstance(unit.positions, str) else [*unit.positions]
+    return at, at
 
 
 def verify_slice(
@@ -126,6 +160,7 @@ def verify_slice(
     seed: int,
     precision: Precision = "fp32",
     sources: Mapping[str, Sequence[Sequence[Prompt]]] | None = None,
+    roles: Mapping[str, Sequence[Places]] | None = None,
     n_units: int = 8,
     n_prompts: int = 8,
     atol: float | None = None,
@@ -155,7 +190,8 @@ def verify_slice(
         unit = swept.units[index]
         for row in chosen:
             some = () if unit.source is None else (sources or {})[unit.source][row]
-            check = _ld(oracle.logits(rows.prompts[row], unit, some), rows, row)
+            places = () if unit.role is None else (roles or {})[unit.role][row]
+            check = _ld(oracle.logits(rows.prompts[row], unit, some, places=places), rows, row)
             main = float(swept.values["ld"][index, row])
             compared.append({
                 "intervention": unit.key, "example": row, "quantity": "ld",

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +35,10 @@ class Parts:
         mlp: In a block: the MLP.
         attn_post_norm: In a block: norm of the attention's output before it is added, if any.
         mlp_post_norm: In a block: norm of the MLP's output before it is added, if any.
+        value: In the attention: the projection that makes value vectors.
+        fused: How queries, keys and values share that projection: not at all, one behind the other,
+            or head by head.
+        down: In the MLP: the projection from its neurons back into the stream.
         gain_offset: What a norm's gain has beside its weight: 1 where gain is 1 + w.
     """
 
@@ -48,6 +52,9 @@ class Parts:
     mlp: str = "mlp"
     attn_post_norm: str | None = None
     mlp_post_norm: str | None = None
+    value: str = "v_proj"
+    fused: Literal["", "stacked", "by_head"] = ""
+    down: str = "down_proj"
     gain_offset: float = 0.0
 
 
@@ -81,6 +88,9 @@ ARCHITECTURES: Mapping[str, Parts] = {
         attn="attn",
         out="c_proj",
         mlp_norm="ln_2",
+        value="c_attn",
+        fused="stacked",
+        down="c_proj",
     ),
     "gpt_neox": Parts(
         blocks="gpt_neox.layers",
@@ -90,6 +100,9 @@ ARCHITECTURES: Mapping[str, Parts] = {
         attn="attention",
         out="dense",
         mlp_norm="post_attention_layernorm",
+        value="query_key_value",
+        fused="by_head",
+        down="dense_4h_to_h",
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -337,13 +350,46 @@ class Decoder:
         """Bias of the output projection: part of the attention's output, of no head's write."""
         return self.out_projection(layer).bias
 
+    def W_V(self, layer: int) -> Float[Tensor, "head d_model d_head"]:  # noqa: N802
+        """A layer's value weights, one a query head: heads of a group have the same."""
+        module = self._value(layer)
+        weight = module.weight.T if isinstance(module, nn.Linear) else module.weight
+        return self._values_of(weight).movedim(-2, 0)
+
+    def value_bias(self, layer: int) -> Float[Tensor, "head d_head"] | None:
+        """Bias of a layer's value vectors, one a query head, where there is one."""
+        bias = self._value(layer).bias
+        return None if bias is None else self._values_of(bias)
+
+    def _value(self, layer: int) -> Any:
+        return getattr(self._attn(layer), self.parts.value)
+
+    def _values_of(self, out: Float[Tensor, "*rest output"]) -> Float[Tensor, "*rest head d_head"]:
+        """Of what a projection gives, the value vectors, by query head."""
+        if self.parts.fused == "by_head":
+            return out.unflatten(-1, (self.n_heads, 3, self.d_head))[..., 2, :]
+        if self.parts.fused == "stacked":
+            out = out.chunk(3, dim=-1)[2]
+        by_group = out.unflatten(-1, (-1, self.d_head))
+        return by_group.repeat_interleave(self.n_heads // by_group.shape[-2], dim=-2)
+
     # ------------------------------------------------------------------ running it
+
+    def embed(self, ids: Int[Tensor, "*row"]) -> Float[Tensor, "*row d_model"]:
+        """Token embeddings, scaled as the model scales them, without what it adds for position."""
+        return self.model.get_input_embeddings()(ids)
+
+    def attn_norm(
+        self, layer: int, resid: Float[Tensor, "*row d_model"]
+    ) -> Float[Tensor, "*row d_model"]:
+        """The norm through which a layer's attention reads the stream."""
+        return getattr(self.blocks[layer], self.parts.attn_norm)(resid)
 
     def attention(
         self, layer: int, resid: Float[Tensor, "row position d_model"], call: Call
     ) -> Float[Tensor, "row position d_model"]:
         """The attention's output for a stream, before any norm that follows it."""
-        normed = getattr(self.blocks[layer], self.parts.attn_norm)(resid)
+        normed = self.attn_norm(layer, resid)
         return self._attn(layer)(normed, *call.args, **call.kwargs)[0]
 
     def attn_write(
@@ -361,11 +407,19 @@ class Decoder:
         None where no norm follows. The norm divides by sqrt(mean square + eps), so that at this
         scale it is linear.
         """
+        gain = self.attn_post_gain(layer)
+        if gain is None:
+            return None
+        eps = getattr(self.blocks[layer], self.parts.attn_post_norm or "").eps
+        mean_square = attn_out.float().square().mean(dim=-1, keepdim=True)
+        return gain.float() * (mean_square + eps).rsqrt()
+
+    def attn_post_gain(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """Gain of a norm after attention, without its scale; None where no norm follows."""
         if self.parts.attn_post_norm is None:
             return None
         norm = getattr(self.blocks[layer], self.parts.attn_post_norm)
-        mean_square = attn_out.float().square().mean(dim=-1, keepdim=True)
-        return (norm.weight.float() + self.parts.gain_offset) * (mean_square + norm.eps).rsqrt()
+        return norm.weight + self.parts.gain_offset
 
     def mlp_write(
         self, layer: int, resid: Float[Tensor, "*row d_model"]
@@ -374,6 +428,37 @@ class Decoder:
         block, norm = self.blocks[layer], self.parts.mlp_post_norm
         out = getattr(block, self.parts.mlp)(getattr(block, self.parts.mlp_norm)(resid))
         return out if norm is None else getattr(block, norm)(out)
+
+    def mlp_post(
+        self, layer: int, resid: Float[Tensor, "*row d_model"]
+    ) -> Float[Tensor, "*row neuron"]:
+        """Neurons of the MLP that reads this stream: what its last projection reads."""
+        block, seen = self.blocks[layer], []
+
+        def down_in(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0])
+
+        handle = self._down(layer).register_forward_pre_hook(down_in)
+        try:
+            getattr(block, self.parts.mlp)(getattr(block, self.parts.mlp_norm)(resid))
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def mlp_write_of(
+        self, layer: int, neurons: Float[Tensor, "*row neuron"]
+    ) -> Float[Tensor, "*row d_model"]:
+        """What the MLP adds where its neurons are these."""
+        out, norm = self._down(layer)(neurons), self.parts.mlp_post_norm
+        return out if norm is None else getattr(self.blocks[layer], norm)(out)
+
+    def _down(self, layer: int) -> Any:
+        return getattr(getattr(self.blocks[layer], self.parts.mlp), self.parts.down)
+
+    def W_down(self, layer: int) -> Float[Tensor, "neuron d_model"]:  # noqa: N802
+        """By neuron, what it adds to the MLP's output; a view of the model's own."""
+        down = self._down(layer)
+        return down.weight.T if isinstance(down, nn.Linear) else down.weight
 
     def after_attention(
         self,

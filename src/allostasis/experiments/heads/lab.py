@@ -22,10 +22,11 @@ from allostasis.engines.budget import Budget
 from allostasis.engines.parts import Parts
 from allostasis.engines.suffix import Precision, Swept, sweep
 from allostasis.engines.verify import kl_of_a_zeroed_layer, verify_slice
-from allostasis.experiments.heads import tables
+from allostasis.experiments.heads import choices, tables
 from allostasis.experiments.heads.asked import Asked
+from allostasis.experiments.heads.choices import Layers
 from allostasis.experiments.heads.tables import Planned, Readings
-from allostasis.interventions.ablate import Member, Op, Unit, parse_heads
+from allostasis.interventions.ablate import Member, Op, Unit
 from allostasis.metrics.accuracy import Accuracy
 from allostasis.metrics.flip_rate import FlipRate
 from allostasis.metrics.kl_divergence import KLDivergence
@@ -42,7 +43,6 @@ log = logging.getLogger(__name__)
 
 Ablation = Literal["zero", "mean", "resample"]
 Span = Literal["first_token", "full_span"]
-Layers = Literal["all"] | int | list[int]
 Keep = Literal["all", "none"] | Annotated[int, Ge(1)]
 
 METRICS = (
@@ -52,7 +52,8 @@ METRICS = (
 """What the readouts are; run.json says so, so that a report can cite them."""
 
 OPS: dict[Ablation, Op] = {"zero": "scale", "mean": "mean", "resample": "resample"}
-SPLITS = ("train", "test")
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 """Heads are chosen on the first and measured on the second."""
 
 
@@ -110,6 +111,8 @@ class HeadLab(L.LightningModule):
         verify: What of it is re-checked.
     """
 
+    splits: tuple[Split, ...] = SPLITS
+
     def __init__(
         self,
         *,
@@ -164,7 +167,7 @@ class HeadLab(L.LightningModule):
         """The whole sweep; gives the tables that the run keeps."""
         del batch_idx
         self.corpus: Encoded = batch.build(self.model.encode, self.model.tokenizer)
-        drawn = [example for split in SPLITS for example in self.corpus.drawn(split)]
+        drawn = [example for split in self.splits for example in self.corpus.drawn(split)]
         self.asked = Asked(self.corpus, drawn, seed=self.task.seed)
         self._tell()
         self.planned = self.plan()
@@ -184,10 +187,10 @@ class HeadLab(L.LightningModule):
             else None,
         }
         verified = self._verify(swept)
-        made = self.read(self._readings(swept, self.planned))
+        made = self.collect(swept, self.planned)
         noise = self.facts.get("verify", {}).get("below_noise", [])
         kinds = made["interventions"]
-        made["interventions"] = kinds.assign(below_noise=kinds["intervention"].isin(noise))
+        made["interventions"] = kinds.assign(below_noise=kinds["unit"].isin(noise))
         return {"tables": made | verified}
 
     def mark(self, readings: Readings) -> dict[str, str]:
@@ -223,7 +226,11 @@ class HeadLab(L.LightningModule):
             return {}
         done = sorted(self.planned, key=lambda each: each.unit.layer)[: self._finished]
         swept = self._sweep([each.unit for each in done], None)
-        return self.read(self._readings(swept, done))
+        return self.collect(swept, done)
+
+    def collect(self, swept: Swept, planned: Sequence[Planned]) -> dict[str, pd.DataFrame]:
+        """Tables of what was swept."""
+        return self.read(tables.readings(self.asked, planned, swept, with_span=self.with_span))
 
     def _sweep(self, units: Sequence[Unit], progress: Any) -> Swept:
         return sweep(
@@ -245,19 +252,28 @@ class HeadLab(L.LightningModule):
         kept = {k: facts[k] for k in ("weights_sha256", "prepend_bos") if k in facts}
         return f"{kept} {self.corpus.sha256} {vars(self.engine)} {self.trajectory}"
 
-    def _readings(self, swept: Swept, planned: Sequence[Planned]) -> Readings:
-        return tables.readings(self.asked, planned, swept, with_span=self.with_span)
-
     def _verify(self, swept: Swept) -> dict[str, pd.DataFrame]:
         """A sample of the sweep done again; the run fails where it is off."""
         if not self.check.units:
             return {}
-        found = verify_slice(
-            self.model, self.asked.rows, swept, seed=derive(self.task.seed, "verify"),
-            sources=self.asked.sources(swept.units), precision=self.engine.precision,
-            n_units=min(self.check.units, len(swept.units)), n_prompts=self.check.prompts,
-            atol=None if self.check.atol == "auto" else self.check.atol,
-        )  # fmt: skip
+        sources = self.asked.sources(swept.units)
+        settings = self.verify_settings(swept)
+        return self.note_verified(
+            verify_slice(self.model, self.asked.rows, swept, sources=sources, **settings)
+        )
+
+    def verify_settings(self, swept: Swept) -> dict[str, Any]:
+        """How much is done again, and how exactly."""
+        return {
+            "seed": derive(self.task.seed, "verify"),
+            "precision": self.engine.precision,
+            "n_units": min(self.check.units, len(swept.units)),
+            "n_prompts": self.check.prompts,
+            "atol": None if self.check.atol == "auto" else self.check.atol,
+        }
+
+    def note_verified(self, found: dict[str, Any]) -> dict[str, pd.DataFrame]:
+        """Keep what was done again: its outcome for run.json, its rows as a table."""
         self.facts["verify"] = {k: v for k, v in found.items() if k != "rows"}
         return {"verify": pd.DataFrame(found["rows"])}
 
@@ -270,49 +286,20 @@ class HeadLab(L.LightningModule):
             "model is one and the same",
         }
         self._data = self.corpus.data() | {
-            "measured": {split: len(self.asked.at(split)) for split in SPLITS}
+            "measured": {split: len(self.asked.at(split)) for split in self.splits}
         }
 
     # ------------------------------------------------------------------ heads
 
     def chosen_layers(self, layers: Layers) -> list[int]:
-        """Layers that a config names: all, a list, or so many from the first to the last.
-
-        Raises:
-            ValueError: The list is empty or names a layer that is not there.
-        """
-        n = self.decoder.n_layers
-        if layers == "all":
-            return [*range(n)]
-        if isinstance(layers, int):
-            if not 1 <= layers <= n:
-                raise ValueError(f"module.layers={layers}: the model has 1 to {n} layers to take")
-            return sorted({int(layer) for layer in np.linspace(0, n - 1, layers).round()})
-        if not layers:
-            raise ValueError("module.layers is an empty list, so that nothing would be done")
-        wrong = [layer for layer in layers if not 0 <= layer < n]
-        if wrong:
-            raise ValueError(f"module.layers: the model has layers 0 to {n - 1}, not {wrong}")
-        return sorted(set(layers))
+        """Layers that a config names."""
+        return choices.layers(self.decoder, layers)
 
     def chosen_heads(
         self, heads: Literal["all"] | Sequence[str], layers: Layers
     ) -> list[tuple[int, int]]:
-        """Heads that a config names, in the layers that it names.
-
-        Raises:
-            ValueError: The list is empty or names a head that is not there.
-        """
-        there = self.chosen_layers(layers)
-        if heads == "all":
-            return [(layer, head) for layer in there for head in range(self.decoder.n_heads)]
-        if not heads:
-            raise ValueError(
-                "module.heads is an empty list, so that nothing would be done; name heads as "
-                "LAYER.HEAD, for example 9.6, or take all"
-            )
-        names = parse_heads([*heads], n_layers=self.decoder.n_layers, n_heads=self.decoder.n_heads)
-        return [head for head in sorted(set(names)) if head[0] in there]
+        """Heads that a config names, in the layers that it names."""
+        return choices.heads(self.decoder, heads, layers)
 
     def units_of(
         self, heads: Sequence[Member], ablation: Ablation, *, scale: float = 0.0, n_donors: int = 1

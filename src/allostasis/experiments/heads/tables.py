@@ -18,6 +18,7 @@ from allostasis.interventions.ablate import Unit
 UNITS: Mapping[str, tuple[str, str, str]] = {
     "logit_diff": ("ld", "logit", "Psi"),
     "kl_divergence": ("kl", "nat", "Psi"),
+    "kl_divergence.source": ("kl_source", "nat", "Psi"),
     "flip_rate": ("flip", "1", "Psi"),
     "top1_error": ("top1_error", "1", "Psi"),
     "top1_accuracy": ("top1_correct", "1", "Psi"),
@@ -190,7 +191,10 @@ def place(each: Planned) -> dict[str, Any]:
     if unit.op == "scale":
         where["scale"] = unit.scale
     if len(unit.members) == 1:
-        where["layer"], where["head"] = unit.members[0]
+        where["layer"], index = unit.members[0]
+        where["head"] = index if unit.site == "z" else None
+    if each.facts.get("position") is not None:
+        where["position"] = each.facts["position"]
     return where
 
 
@@ -199,6 +203,7 @@ def interventions(found: Readings, marks: Mapping[str, str]) -> pd.DataFrame:
     return pd.DataFrame([
         {
             "intervention": each.intervention,
+            "unit": each.unit.key,
             "set": marks.get(each.intervention, each.set),
             "ablation": each.ablation,
             "site": each.unit.site,
@@ -224,8 +229,8 @@ def _member(member: tuple[int, int | None]) -> str:
 
 COLUMNS = {
     "pred_id": "pred_id", "ld": "ld", "logp_target": "logp_target", "logp_foil": "logp_foil",
-    "kl": "kl", "entropy": "entropy", "rank_target": "rank_target", "correct": "correct",
-    "span_ld": "span_ld", "ld_donor_sd": "ld_donor_sd",
+    "kl": "kl", "kl_source": "kl_source", "entropy": "entropy", "rank_target": "rank_target",
+    "correct": "correct", "span_ld": "span_ld", "ld_donor_sd": "ld_donor_sd",
 }  # fmt: skip
 OF_CLEAN = ("pred_id", "ld", "logp_target", "entropy", "correct")
 
