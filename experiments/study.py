@@ -5,9 +5,9 @@
 A study's folder holds design.yaml (command, axes), registered before its first run. Finished runs
 lie under runs/ as run.json, config.yaml, claims.json, metrics.parquet and times.parquet, with the
 further tables that the design's `keep` names; weights stay in the folder's own outputs/, which git
-ignores. An interrupted run goes on where it stopped. A design with `variants` (further overrides by
-name) has one such runs/ and outputs/ in a folder of each variant; one with `needs: cuda` says so
-and runs nothing where there is no GPU. One with `replicas` trains all seeds of an arm in one block;
+ignores. An interrupted run goes on where it stopped. A design with `variants` (by name: further
+overrides, or what else of the design is another) has one such runs/ and outputs/ in a folder of each
+variant; one with `needs: cuda` says so and runs nothing where there is no GPU. One with `replicas` trains all seeds of an arm in one block;
 several settings of an arm, as in `module.temperature=0.5,1`, are several blocks. With `--jobs`
 several runs or blocks are done at once, all seeds of an arm before the next arm; a run that reads
 another one waits for it.
@@ -86,10 +86,17 @@ def main() -> int:
     variants = design.get("variants", {"": []})
     do = work_in_blocks if "replicas" in design else work
     return max(
-        do(study / name, design, words, options.only, options.jobs)
-        for name, words in variants.items()
+        do(study / name, *_of_variant(design, variant), options.only, options.jobs)
+        for name, variant in variants.items()
         if name in (options.variants or variants)
     )
+
+
+def _of_variant(
+    design: dict[str, Any], variant: list[str] | dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """A variant's design, and its further overrides."""
+    return (design, variant) if isinstance(variant, list) else (design | variant, [])
 
 
 def has_gpu() -> bool:
