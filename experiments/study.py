@@ -6,11 +6,11 @@ A study's folder holds design.yaml (command, axes), registered before its first 
 lie under runs/ as run.json, config.yaml, claims.json, metrics.parquet and times.parquet, with the
 further tables that the design's `keep` names; weights stay in the folder's own outputs/, which git
 ignores. An interrupted run goes on where it stopped. A design with `variants` (by name: further
-overrides, or what else of the design is another) has one such runs/ and outputs/ in a folder of each
-variant; one with `needs: cuda` says so and runs nothing where there is no GPU. One with `replicas` trains all seeds of an arm in one block;
-several settings of an arm, as in `module.temperature=0.5,1`, are several blocks. With `--jobs`
-several runs or blocks are done at once, all seeds of an arm before the next arm; a run that reads
-another one waits for it.
+overrides, or what else of the design is another) has one such runs/ and outputs/ in a folder of
+each variant; one with `needs: cuda` says so and runs nothing where there is no GPU. One with
+`replicas` trains all seeds of an arm in one block; several settings of an arm, as in
+`module.temperature=0.5,1`, are several blocks. With `--jobs` several runs or blocks are done at
+once, all seeds of an arm before the next arm; a run that reads another one waits for it.
 """
 
 import argparse

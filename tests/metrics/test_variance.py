@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.covariance import ledoit_wolf
+from sklearn.covariance import ledoit_wolf, ledoit_wolf_shrinkage
 from torch import Tensor
 
 from allostasis.core.spaces import Weights
 from allostasis.instrument import read
-from allostasis.metrics.activation_entropy import activation_entropy
+from allostasis.metrics.activation_entropy import activation_entropy, shrinkage
 from allostasis.metrics.base import Snapshot
 from allostasis.metrics.dprime import MAX_PAIRS, DPrime, dprime
 from allostasis.metrics.residual_variance import ResidualVariance, residual_variance
@@ -94,6 +94,14 @@ def test_activation_entropy_uses_scikit_learns_shrunk_covariance(n: int) -> None
     sample = np.cov(rows.numpy().T, bias=True)
     ridge = sample + 1e-3 * np.trace(sample) / 10 * np.eye(10)
     assert found["published"] == pytest.approx(np.linalg.slogdet(ridge)[1] / 2, rel=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(7, 50), (40, 30), (500, 10)])
+def test_shrinkage_is_scikit_learns(shape: tuple[int, int]) -> None:
+    rows = (_random(*shape) * torch.linspace(0.5, 4, shape[1]).double()).numpy()
+    rows -= rows.mean(axis=0)
+    wanted = ledoit_wolf_shrinkage(rows, assume_centered=True)
+    assert shrinkage(rows) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_activation_entropy_rises_by_d_log_c_under_scaling() -> None:

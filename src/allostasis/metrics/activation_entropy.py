@@ -2,13 +2,43 @@
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from sklearn.covariance import ledoit_wolf_shrinkage
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from allostasis.metrics.base import Mean, Metric, Place, Snapshot, invariant, precise
 
 RIDGE = 1e-3
+
+
+def shrinkage(rows: Float64[np.ndarray, "batch d_model"]) -> float:
+    """How far Ledoit and Wolf draw a covariance towards a multiple of the identity.
+
+    s = min(beta, delta) / delta, with m = tr S / d, delta = ||S - m I||^2 / d and
+    beta = (mean ||x||^4 - ||S||^2) / (n d), ||.|| Frobenius's norm
+
+    scikit-learn's number, from one product of the rows with themselves in place of two.
+
+    Args:
+        rows: One centred vector for each example.
+
+    Returns:
+        In [0, 1]; 0: the sample covariance as it is.
+
+    Source:
+        Ledoit & Wolf (2004), A well-conditioned estimator for large-dimensional covariance
+        matrices.
+
+    Example:
+        >>> shrinkage(np.array([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+        0.944444
+    """
+    n, d = rows.shape
+    square_norms = np.einsum("nd,nd->n", rows, rows)
+    square = np.square(rows.T @ rows).sum() / n**2
+    trace = square_norms.sum() / n
+    delta = (square - trace**2 / d) / d
+    beta = min(delta, (np.square(square_norms).mean() - square) / (n * d))
+    return float(beta / delta) if beta > 0 else 0.0
 
 
 def activation_entropy(resid: Float[Tensor, "batch d_model"]) -> dict[str, float]:
@@ -41,8 +71,8 @@ def activation_entropy(resid: Float[Tensor, "batch d_model"]) -> dict[str, float
     level = sample.mean()
     if level == 0:
         return {}
-    shrinkage = ledoit_wolf_shrinkage(rows, assume_centered=True)
-    shrunk = (1 - shrinkage) * sample + shrinkage * level
+    share = shrinkage(rows)
+    shrunk = (1 - share) * sample + share * level
     parts = {
         "effective_rank": shrunk.sum() ** 2 / np.square(shrunk).sum(),
         "published": np.log(sample + RIDGE * level).sum() / 2,

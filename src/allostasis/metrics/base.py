@@ -319,9 +319,12 @@ class Metric(torchmetrics.Metric):
         else:
             mean = torch.tensor(value, dtype=widest(self.device), device=self.device)
         assert mean.ndim == len(over), (mean.shape, over)
-        weight = torch.as_tensor(n, dtype=mean.dtype, device=mean.device).expand(mean.shape)
         place = Place(part, layer, head, position, over)
         self._otherwise[place] = otherwise
+        if isinstance(n, int) and n > 0:  # most means, in fewer steps
+            self._sum(str(place), torch.stack([mean * n, torch.full_like(mean, n)]))
+            return
+        weight = torch.as_tensor(n, dtype=mean.dtype, device=mean.device).expand(mean.shape)
         total = torch.where(weight > 0, mean * weight, torch.zeros_like(mean))
         self._sum(str(place), torch.stack([total, weight]))
 
@@ -391,7 +394,11 @@ class Metric(torchmetrics.Metric):
         readings = []
         for place, (value, n, otherwise) in means.items():
             values = value.flatten().tolist()
-            counts = torch.as_tensor(n).expand(value.shape).flatten().tolist()
+            counts = (
+                [n] * len(values)
+                if isinstance(n, int)
+                else n.expand(value.shape).flatten().tolist()
+            )
             for index, number, count in zip(
                 place.indices(value.shape), values, counts, strict=True
             ):

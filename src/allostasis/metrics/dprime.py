@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 from torch.nn import functional
 
+from allostasis.metrics.activation_entropy import shrinkage
 from allostasis.metrics.base import GAUGES, Mean, Metric, Place, Snapshot, given, invariant, precise
 
 MAX_PAIRS = 16
@@ -111,7 +111,7 @@ class _Noise:
         self.trace = residuals.square().sum() / self.freedom
         self.shrinkage = 0.0
         if n < 5 * self.d and self.trace > 0:
-            self.shrinkage = ledoit_wolf_shrinkage(residuals.cpu().numpy(), assume_centered=True)
+            self.shrinkage = shrinkage(residuals.cpu().numpy())
 
     def along(self, w: Float[Tensor, "pair d_model"]) -> Float[Tensor, " pair"]:
         sample = (self.residuals @ w.T).square().sum(dim=0) / self.freedom
