@@ -7,12 +7,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -244,13 +246,16 @@ class Recorder(Callback):
             used: dict[str, Metric] = {}
             snapshot = None
             for snapshot in group:
-                for name, metric in metrics.items():
-                    if _applies(metric, snapshot):
-                        metric.update(snapshot)
-                        used[name] = metric
+                with _one_thread():
+                    for name, metric in metrics.items():
+                        if _applies(metric, snapshot):
+                            metric.update(snapshot)
+                            used[name] = metric
             for name, metric in used.items():
                 assert snapshot is not None
-                for reading in metric.readings():
+                with _one_thread():
+                    readings = metric.readings()
+                for reading in readings:
                     row = self._row(name, snapshot, reading)
                     rows.append(row)
                     if note and reading.layer is None and reading.position is None:
@@ -366,6 +371,17 @@ class Recorder(Callback):
             "metrics": {name: describe(metric) for name, metric in self.metrics.items()},
             "skipped": {name: dict(counts) for name, counts in sorted(self.skipped.items())},
         }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Metrics do many small things, for which threads wait on each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _provides(snapshot: Snapshot) -> set[str]:

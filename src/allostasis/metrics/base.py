@@ -392,13 +392,11 @@ class Metric(torchmetrics.Metric):
             means = self.means()
         self.skipped = Counter()
         readings = []
-        for place, (value, n, otherwise) in means.items():
-            values = value.flatten().tolist()
-            counts = (
-                [n] * len(values)
-                if isinstance(n, int)
-                else n.expand(value.shape).flatten().tolist()
-            )
+        every = _on_host([mean.value for mean in means.values()])
+        weights = _on_host([_as_many(mean.n, mean.value) for mean in means.values()])
+        for (place, (value, _, otherwise)), values, counts in zip(
+            means.items(), every, weights, strict=True
+        ):
             for index, number, count in zip(
                 place.indices(value.shape), values, counts, strict=True
             ):
@@ -438,6 +436,20 @@ def invariant(*laws: str) -> dict[str, int | str]:
         {'vo': 'invariant', 'qk': 'invariant'}
     """
     return dict.fromkeys(laws, "invariant")
+
+
+def _on_host(tensors: Sequence[Tensor]) -> list[list[float | int]]:
+    """Each tensor's numbers in row-major order; a device is waited for once, not once for each."""
+    if len({(tensor.device, tensor.dtype) for tensor in tensors}) != 1:
+        return [tensor.flatten().tolist() for tensor in tensors]
+    numbers = iter(torch.cat([tensor.reshape(-1) for tensor in tensors]).tolist())
+    return [[*itertools.islice(numbers, tensor.numel())] for tensor in tensors]
+
+
+def _as_many(n: Tensor | int, values: Tensor) -> Tensor:
+    """A weight for each value."""
+    weight = torch.tensor(n, dtype=widest(values.device)) if isinstance(n, int) else n
+    return weight.expand(values.shape)
 
 
 def widest(device: torch.device) -> torch.dtype:
