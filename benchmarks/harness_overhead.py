@@ -1,6 +1,6 @@
 """What Lightning, the Recorder and a logger cost over a bare loop of the same updates.
 
-    python benchmarks/harness_overhead.py [--updates 1000] [--rounds 3] [--threads 2]
+    python benchmarks/harness_overhead.py [--updates 1000] [--rounds 3] [--threads 1]
 
 Grokking at full size (p = 113, 30 % of the pairs). Both sides start from the same weights and do
 the same updates, ten of the one and then ten of the other, each on its own clock; their final
@@ -50,7 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dense-share", type=float, default=None)
     options = parser.parse_args()
     share = dense_share() if options.dense_share is None else options.dense_share

@@ -317,6 +317,8 @@ def test_every_summary_of_prompts_names_its_table() -> None:
         "amplitude_share": "examples", "exchange_rate": "examples", "norm_ratio": "depths",
         "norm_excess": "depths", "head_variance": "examples", "stream_variance": "examples",
         "logit_diff_change": "examples", "interaction": "examples", "recovery": "examples",
+        "direct_effect": "examples", "hedge_shift": "examples", "patch_asymmetry": "examples",
+        "patch_recovery": "examples",
     }  # fmt: skip
 
 
