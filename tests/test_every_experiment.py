@@ -54,11 +54,12 @@ SHORT = {
     "heads_ov": ["model=tiny", "model.arch=gpt_neox", "module.layers=1"],
     "ioi": ["model=tiny", "model.arch=qwen2", "module.heads=['1.0','2.1']"],
 }
-ARMS = [
-    (path.stem, condition)
+DESIGNS = {
+    path.stem: list(yaml.safe_load(path.read_text())["conditions"])
     for path in sorted((CONF / "exp").glob("*.yaml"))
-    for condition in yaml.safe_load(path.read_text())["conditions"]
-]
+}
+ARMS = [(exp, condition) for exp, conditions in DESIGNS.items() for condition in conditions]
+AT_ONCE = 2  # arms of an experiment that are tried in the tests that take seconds
 
 
 def trains(exp: str, condition: str) -> bool:
@@ -68,6 +69,18 @@ def trains(exp: str, condition: str) -> bool:
 
 
 TRAINED = [arm for arm in ARMS if trains(*arm)]
+
+
+def shared_out(arms: list[tuple[str, str]]) -> list:
+    """The first arms of each experiment, and the others as slow tests."""
+    return [
+        pytest.param(
+            exp,
+            condition,
+            marks=pytest.mark.slow if condition in DESIGNS[exp][AT_ONCE:] else (),
+        )
+        for exp, condition in arms
+    ]
 
 
 def compose(exp: str, *overrides: str) -> DictConfig:
@@ -83,24 +96,32 @@ def compose(exp: str, *overrides: str) -> DictConfig:
         return hydra_compose("config", words)
 
 
+class Runs:
+    """Folders of short runs, each made when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.made = root, {}
+
+    def __getitem__(self, arm: tuple[str, str]) -> Path:
+        from allostasis.core.config import run_folder
+        from allostasis.run import run
+
+        if arm not in self.made:
+            exp, condition = arm
+            cfg = compose(exp, f"condition='{condition}'", "seed=42")
+            self.made[arm] = self.root / run_folder(cfg)
+            if not (self.made[arm] / "run.json").is_file():  # another arm may have asked for it
+                run(cfg, self.made[arm])
+        return self.made[arm]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    from allostasis.core.config import run_folder
-    from allostasis.run import run
-
-    root = tmp_path_factory.mktemp("runs")
-    folders = {}
-    for exp, condition in ARMS:
-        cfg = compose(exp, f"condition='{condition}'", "seed=42")
-        folders[exp, condition] = root / run_folder(cfg)
-        run(cfg, folders[exp, condition])
-    return folders
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize(("exp", "condition"), ARMS)
-def test_a_short_run_leaves_complete_records(
-    runs: dict[tuple[str, str], Path], exp: str, condition: str
-) -> None:
+@pytest.mark.parametrize(("exp", "condition"), shared_out(ARMS))
+def test_a_short_run_leaves_complete_records(runs: Runs, exp: str, condition: str) -> None:
     folder = runs[exp, condition]
     content = json.loads((folder / "run.json").read_text())
     assert content["status"] == "done"
@@ -124,9 +145,9 @@ def test_a_short_run_leaves_complete_records(
     assert not (folder / "checkpoints" / "resume.ckpt").exists()
 
 
-@pytest.mark.parametrize(("exp", "condition"), TRAINED)
+@pytest.mark.parametrize(("exp", "condition"), shared_out(TRAINED))
 def test_tables_hold_steps_0_and_last_and_layers_from_0(
-    runs: dict[tuple[str, str], Path], exp: str, condition: str
+    runs: Runs, exp: str, condition: str
 ) -> None:
     metrics = pd.read_parquet(runs[exp, condition] / "metrics.parquet")
     assert {0, 20} <= set(metrics["step"])
@@ -138,10 +159,8 @@ def test_tables_hold_steps_0_and_last_and_layers_from_0(
     assert {"Psi", "G", "A", "sigma2"} <= symbols
 
 
-@pytest.mark.parametrize(("exp", "condition"), ARMS)
-def test_the_log_format_of_the_documents_is_there(
-    runs: dict[tuple[str, str], Path], exp: str, condition: str
-) -> None:
+@pytest.mark.parametrize(("exp", "condition"), shared_out(ARMS))
+def test_the_log_format_of_the_documents_is_there(runs: Runs, exp: str, condition: str) -> None:
     log = json.loads((runs[exp, condition] / "audit.json").read_text())
     assert list(log) == ["metadata", "metrics", "checkpoints", "summary"]
     assert log["metadata"].keys() == {"experiment", "seed", "start_time", "git_commit"}
@@ -156,8 +175,9 @@ def test_the_log_format_of_the_documents_is_there(
     assert log["summary"]["total_steps"] == 20
 
 
-def test_arms_differ_in_hash_and_final_weights(runs: dict[tuple[str, str], Path]) -> None:
-    contents = [json.loads((folder / "run.json").read_text()) for folder in runs.values()]
+@pytest.mark.slow
+def test_arms_differ_in_hash_and_final_weights(runs: Runs) -> None:
+    contents = [json.loads((runs[arm] / "run.json").read_text()) for arm in ARMS]
     assert len({content["config_hash"] for content in contents}) == len(contents)
     trained = [content["checkpoints"] for content in contents if content["checkpoints"]]
     assert len({weights["20"] for weights in trained}) == len(TRAINED)
