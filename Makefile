@@ -6,7 +6,7 @@ RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench report study grokking ioi constraint superposition \
+.PHONY: help install demo test test-all test-cluster check format bench report dashboard dashboard-online study grokking ioi constraint superposition \
   heads_zero heads_pairs heads_patch heads_ov
 
 help: ## list these targets
@@ -64,6 +64,12 @@ heads_ov: .venv/smollm2 ## what every head of SmolLM2 writes, in its weights and
 
 report: .venv/installed ## figures and claims for everything under outputs/
 	$(BIN)/python -m allostasis.report outputs
+
+dashboard: .venv/installed ## W&B's own terminal dashboard over the runs logged with logger=wandb; no network
+	$(BIN)/python -m allostasis.dashboard
+
+dashboard-online: .venv/installed ## make the dashboard's workspace on the W&B server; needs a key
+	$(BIN)/python -m allostasis.dashboard --online
 
 study: .venv/installed ## go on with a recorded study: make study NAME=<folder under experiments/>
 	@test -n "$(NAME)" || { echo "say which: make study NAME=<one of>"; ls experiments; exit 2; }

@@ -83,7 +83,7 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
             raise
         finally:
             file.finish(status, facts, error)
-            loggers.close(logger, exit_code=int(status != "done"))
+            loggers.close(logger, folder=folder)
         return file.content
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from allostasis.callbacks.cadence import Plan
+from allostasis.callbacks.panels import flat
 from allostasis.core.records import (
     EXAMPLES_SCHEMA,
     METRICS_SCHEMA,
@@ -212,7 +213,7 @@ class Recorder(Callback):
         if full and len(live) < len(self.metrics):
             self._keep_weights(pl_module, step)
         for logger in trainer.loggers:
-            logger.log_metrics(_flat(rows), step)
+            logger.log_metrics(flat(rows), step)
 
     def _forget(self, step: int) -> None:
         """Drop a step's rows, which a full record is about to repeat."""
@@ -418,16 +419,3 @@ def describe(metric: Metric | type[Metric]) -> dict[str, Any]:
     """What run.json says of a metric."""
     keys = ("symbol", "unit", "source", "functional", "direction", "audit_key")
     return {key: getattr(metric, key) for key in keys}
-
-
-def _flat(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Rows as a logger's flat names: `test/accuracy`, `amplitude_param/L0/H1`; no spectra."""
-    flat: dict[str, float] = {}
-    for row in rows:
-        if row["position"] is None:
-            indices = [
-                f"{k}{row[c]}" for k, c in (("L", "layer"), ("H", "head")) if row[c] is not None
-            ]
-            words = ([row["split"]] if row["split"] else []) + [row["metric"], *indices]
-            flat["/".join(words)] = row["value"]
-    return flat
