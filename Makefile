@@ -6,7 +6,7 @@ RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-cluster check format bench report dashboard dashboard-online study grokking ioi constraint superposition \
+.PHONY: help install demo test test-all test-cluster check format bench report dashboard dashboard-online notebooks study grokking ioi constraint superposition \
   heads_zero heads_pairs heads_patch heads_ov
 
 help: ## list these targets
@@ -71,6 +71,10 @@ dashboard: .venv/installed ## W&B's own terminal dashboard over the runs logged 
 dashboard-online: .venv/installed ## make the dashboard's workspace on the W&B server; needs a key
 	$(BIN)/python -m allostasis.dashboard --online
 
+notebooks: .venv/installed ## execute the notebooks again and keep what they show
+	cd notebooks && $(CURDIR)/$(BIN)/jupyter-execute --inplace *.ipynb
+	$(BIN)/nbstripout --keep-output notebooks/*.ipynb
+
 study: .venv/installed ## go on with a recorded study: make study NAME=<folder under experiments/>
 	@test -n "$(NAME)" || { echo "say which: make study NAME=<one of>"; ls experiments; exit 2; }
 	cd experiments/$(NAME) && PATH="$(CURDIR)/$(BIN):$$PATH" sh run.sh
@@ -81,11 +85,23 @@ test: .venv/smollm2 ## the tests that take seconds
 test-all: .venv/smollm2 .venv/gpt2 ## all tests that need no hub
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not hub" $(ARGS)
 
-check: .venv/installed ## lint, format, types, import contracts; repairs nothing
+# Ray asks for an older cloudpickle than joblib takes, so it gets an environment on top of ours
+.venv-ray/installed: .venv/installed
+	$(BIN)/python -m venv --without-pip .venv-ray
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(.venv-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth
+	$(BIN)/pip --python .venv-ray/bin/python install -q --disable-pip-version-check 'hydra-ray-launcher>=1.2.2'
+	@touch $@
+
+test-cluster: .venv-ray/installed ## a sweep on a real Slurm and a local Ray, one job killed (root, Debian; minutes)
+	command -v slurmctld sbatch srun || { echo "Slurm is missing: apt-get install slurm-wlm"; exit 2; }
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src RAY_PYTHON=$(CURDIR)/.venv-ray/bin/python $(BIN)/pytest -q tests/cluster.py $(ARGS)
+
+check: .venv/installed ## lint, format, types, import contracts, notebooks; repairs nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/nbstripout --verify --keep-output notebooks/*.ipynb
 
 format: .venv/installed ## repair what ruff can repair
 	$(BIN)/ruff check --fix .
