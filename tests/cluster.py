@@ -22,11 +22,12 @@ import pytest
 RAY = os.environ.get("RAY_PYTHON")
 """A Python that has hydra-ray-launcher, which asks for an older cloudpickle than joblib takes."""
 
+EVERY = 100  # steps between checkpoints
 SWEEP = [
     "-m", "allostasis", "+exp=grokking", "preset=quick", "-m", "condition=high_wd", "seed=0,1,2,3",
     "threads=1", "device=cpu", "task.p=23", "model.d_model=32", "model.d_mlp=64",
     "task.probe_size=64", "module.max_steps=2000", "module.stop_after_grok=null",
-    "metrics.checkpoint_every=100", "metrics.drift_lag=100", "metrics.sparse_every=100",
+    f"metrics.checkpoint_every={EVERY}", "metrics.drift_lag=100", "metrics.sparse_every=100",
 ]  # fmt: skip
 KILLED = 1  # the seed whose job is killed
 PATIENCE = 400  # seconds
@@ -137,13 +138,16 @@ def runs(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def kill_one(folder: Path) -> int:
-    """Kill the process that works on one seed once it has a resume point; the point's step."""
+    """Kill the process that works on one seed once it has a resume point; its step or a later one.
+
+    Weights are kept before the resume point of their step, so the second kept mean the first's.
+    """
 
     def kept() -> list[int]:
         paths = folder.glob(f"outputs/grokking/high_wd/seed={KILLED}/*/checkpoints/*.safetensors")
-        return [int(path.stem) for path in paths if int(path.stem) > 0]
+        return [int(path.stem) for path in paths if int(path.stem) > EVERY]
 
-    until(kept, f"a checkpoint of seed {KILLED}")
+    until(kept, f"a resume point of seed {KILLED}")
     locks = {str(path) for path in folder.glob(f"outputs/grokking/high_wd/seed={KILLED}/.*.lock")}
     holders = []
     for process in psutil.process_iter():

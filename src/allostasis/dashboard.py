@@ -127,17 +127,18 @@ def tell_wandb(report: Path, project: str) -> None:
 
     The run's summary has a verdict a claim, for those who see no tables.
     """
-    import pandas as pd
-    import wandb
-
-    from allostasis.callbacks import loggers
-
     found = verdicts(report)
     if not found:
         return
     digest = hashlib.sha256((report / "verdicts.json").read_bytes()).hexdigest()[:12]
     if any(wandb_folder(is_needed=False).glob(f"*run-*-claims-{digest}")):
         return
+
+    import pandas as pd
+    import wandb
+
+    from allostasis.callbacks import loggers
+
     run = loggers.start_wandb(
         project=project, id=f"claims-{digest}", name="claims", job_type="report", tags=["report"]
     )
