@@ -63,6 +63,8 @@ def _quieten_lightning() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
+    # on a login node; on a cluster it is submitit that calls srun
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
 
 
 def close(logger: Logger | None, *, folder: Path) -> None:
