@@ -141,7 +141,7 @@ def runs(folder: Path) -> dict[int, dict[str, Any]]:
 def kill_one(folder: Path) -> None:
     """Kill the process that works on one seed once it has a resume point.
 
-    Weights are kept before the resume point of their step, so the second kept mean the first's.
+    Weights are kept before the resume point of their step: the second mean that the first's is.
     """
 
     def has_two() -> bool:

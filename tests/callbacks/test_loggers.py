@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -183,6 +184,7 @@ def test_mlflow_run_is_closed_on_exception(monkeypatch: pytest.MonkeyPatch) -> N
     mlflow_run = pytest.importorskip("mlflow").MlflowClient
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     close(build("mlflow", 0, store="mlruns"), 0, error=RuntimeError("boom"))
+    assert "MLFLOW_TRACKING_URI" not in os.environ
     close(build("mlflow", 1, store="mlruns"), 1)
     client = mlflow_run(f"sqlite:///{Path('mlruns/mlflow.db').resolve()}")
     runs = client.search_runs([client.get_experiment_by_name("grokking").experiment_id])

@@ -220,6 +220,10 @@ def mlflow(*, identity: Identity, folder: Path, store: str = "mlruns") -> MLFlow
     # runs side by side would make the store's tables, or the experiment, twice
     with FileLock(home / ".lock"):
         log.info("MLflow run %s in %s", logger.run_id, remote or home)
+    if remote is None:
+        os.environ.pop(
+            "MLFLOW_TRACKING_URI", None
+        )  # MLflow sets it, and the next run would heed it
     logger.log_hyperparams(_settings(folder))
     return logger
 
