@@ -210,15 +210,16 @@ def mlflow(*, identity: Identity, folder: Path, store: str = "mlruns") -> MLFlow
     home = Path(store).resolve()
     home.mkdir(parents=True, exist_ok=True)
     remote = os.environ.get("MLFLOW_TRACKING_URI")
-    logger = MLFlowLogger(
-        experiment_name=identity.exp,
-        run_name=identity.run_id,
-        tracking_uri=remote or f"sqlite:///{home / 'mlflow.db'}",
-        artifact_location=None if remote else (home / "artifacts").as_uri(),
-        tags={key: str(value) for key, value in vars(identity).items()} | {"arm": _arm(identity)},
-    )
+    tags = {key: str(value) for key, value in vars(identity).items()} | {"arm": _arm(identity)}
     # runs side by side would make the store's tables, or the experiment, twice
     with FileLock(home / ".lock"):
+        logger = MLFlowLogger(
+            experiment_name=identity.exp,
+            run_name=identity.run_id,
+            tracking_uri=remote or f"sqlite:///{home / 'mlflow.db'}",
+            artifact_location=None if remote else (home / "artifacts").as_uri(),
+            tags=tags,
+        )
         log.info("MLflow run %s in %s", logger.run_id, remote or home)
     if remote is None:
         os.environ.pop(
