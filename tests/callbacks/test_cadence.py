@@ -75,4 +75,8 @@ def test_only_held_out_probe_is_used() -> None:
     assert not trained & probed
     assert accuracy(task.train) == 1.0
     assert module.probe_accuracy() == accuracy(task.probe) < 0.9
+    assert module.probe_accuracy(is_followed=True) == accuracy(task.probe)
+    model.W_U.data.zero_()  # the grid kept for the snapshots is theirs only, once
+    assert next(module.snapshots((), full=False)).logits.any()
+    assert not next(module.snapshots((), full=False)).logits.any()
     assert torch.equal(task.probe.answer, (task.probe.a + task.probe.b) % 13)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from allostasis.analysis.canvas import ARM_COLOURS, GREY, INK, PALE, STEPS, count, style
+from allostasis.analysis.canvas import ARM_COLOURS, GREY, INK, MIN_WIDTH, PALE, STEPS, count, style
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.survival import kaplan_meier
 
@@ -39,7 +39,8 @@ def _looks() -> Iterator[tuple[str, str]]:
 def survival(arms: Sequence[Arm], event: str, label: str) -> Canvas:
     """Kaplan-Meier curve of each arm with its log-log Greenwood band."""
     with style() as plt:
-        figure, axis = plt.subplots(figsize=(6.6, 3.6))
+        legend_rows = len(arms) // 2 + 1
+        figure, axis = plt.subplots(figsize=(MIN_WIDTH, 3.4 + 0.2 * legend_rows))
         end = max(run.last_step for arm in arms for run in arm.runs)
         for arm, (colour, dashes) in zip(arms, _looks(), strict=False):
             times, censored = arm.times_to(event)
@@ -85,7 +86,7 @@ def survival(arms: Sequence[Arm], event: str, label: str) -> Canvas:
         censored_mark = plt.Line2D(
             [], [], marker="|", ls="", color=GREY, ms=12, mew=1.8, label="censored (run ended)"
         )
-        figure.legend(handles=[*handles, censored_mark], loc="outside lower center", ncols=3)
+        figure.legend(handles=[*handles, censored_mark], loc="outside lower center", ncols=2)
     return figure
 
 

@@ -49,8 +49,11 @@ class Observed(Protocol):
     hindsight: frozenset[str]
     """Pseudo-needs that can be met only once the run is over."""
 
-    def probe_accuracy(self) -> float:
-        """Accuracy on the held-out probe: the cheap reading that drives the cadence."""
+    def probe_accuracy(self, *, is_followed: bool = False) -> float:
+        """Accuracy on the held-out probe: the cheap reading that drives the cadence.
+
+        With `is_followed`, snapshots of the same weights are asked for next, whatever it says.
+        """
         ...
 
     def snapshots(self, hooks: Sequence[str], *, full: bool) -> Iterable[Snapshot]:
@@ -155,13 +158,14 @@ class Recorder(Callback):
     ) -> None:
         """Probe; record or evaluate if it is time to."""
         step = pl_module.updates
-        due = (
-            self.cadence.is_due(step, pl_module.probe_accuracy()) or step % self.plan.drift_lag == 0
-        )
-        if due or step % self.eval_every == 0 or pl_module.is_finished:
+        evaluates, is_lag = step % self.eval_every == 0, step % self.plan.drift_lag == 0
+        is_followed = evaluates or is_lag or self.cadence.is_dense
+        probed = pl_module.probe_accuracy(is_followed=is_followed)
+        due = self.cadence.is_due(step, probed) or is_lag
+        if due or evaluates or pl_module.is_finished:
             full = due or pl_module.is_finished
             self._observe(trainer, pl_module, full=full)
-            if step % self.eval_every == 0:
+            if evaluates:
                 pl_module.evaluated(self.latest)
             if pl_module.is_finished and not full:  # the evaluation ended the run
                 self._forget(step)
