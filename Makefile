@@ -6,8 +6,10 @@ RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-cluster check format bench report dashboard dashboard-online notebooks study grokking ioi constraint superposition \
+.PHONY: help install demo test test-all check format bench report study grokking ioi constraint superposition \
   heads_zero heads_pairs heads_patch heads_ov
+
+.PHONY: dashboard dashboard-online notebooks test-cluster
 
 help: ## list these targets
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -93,7 +95,7 @@ test-all: .venv/smollm2 .venv/gpt2 ## all tests that need no hub
 	@touch $@
 
 test-cluster: .venv-ray/installed ## a sweep on a real Slurm and a local Ray, one job killed (root, Debian; minutes)
-	command -v slurmctld sbatch srun || { echo "Slurm is missing: apt-get install slurm-wlm"; exit 2; }
+	command -v slurmctld && command -v srun || { echo "Slurm is missing: apt-get install slurm-wlm"; exit 2; }
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src RAY_PYTHON=$(CURDIR)/.venv-ray/bin/python $(BIN)/pytest -q tests/cluster.py $(ARGS)
 
 check: .venv/installed ## lint, format, types, import contracts, notebooks; repairs nothing
