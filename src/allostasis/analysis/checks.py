@@ -28,9 +28,7 @@ def few_units(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def tables(
-    results: Sequence[Result], arms: Sequence[Arm], runs: Sequence[RunView]
-) -> list[Table]:
+def tables(results: Sequence[Result], arms: Sequence[Arm], runs: Sequence[RunView]) -> list[Table]:
     """Controls and nulls, power, and gates; a table without a row is left out.
 
     Args:

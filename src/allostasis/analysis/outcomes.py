@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from allostasis.analysis.canvas import ARM_COLOURS, GREY, INK, PALE, STEPS, count, style
+from allostasis.analysis.canvas import GREY, INK, PALE, STEPS, count, looks, style
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.survival import kaplan_meier
 
@@ -19,21 +18,7 @@ if TYPE_CHECKING:
     from allostasis.analysis.aggregate import Arm
     from allostasis.analysis.verdicts import Result
 
-DASHES = ("-", "--", ":", "-.")
 BOX_FROM = 5  # seeds: quartiles of fewer are the points themselves
-
-
-def _looks() -> Iterator[tuple[str, str]]:
-    """Colour and dashes of one arm after another, without end: each colour anew, dashed otherwise.
-
-    Example:
-        >>> looks = _looks()
-        >>> len({next(looks) for _ in range(24)})
-        24
-    """
-    for dashes in itertools.cycle(DASHES):
-        for colour in ARM_COLOURS:
-            yield colour, dashes
 
 
 def survival(arms: Sequence[Arm], event: str, label: str) -> Canvas:
@@ -41,7 +26,7 @@ def survival(arms: Sequence[Arm], event: str, label: str) -> Canvas:
     with style() as plt:
         figure, axis = plt.subplots(figsize=(6.6, 3.6))
         end = max(run.last_step for arm in arms for run in arm.runs)
-        for arm, (colour, dashes) in zip(arms, _looks(), strict=False):
+        for arm, (colour, dashes) in zip(arms, looks(), strict=False):
             times, censored = arm.times_to(event)
             curve = kaplan_meier(times, censored)
             steps = np.concatenate([[0], curve.times, [times.max()]])
@@ -93,7 +78,7 @@ def event_times(arms: Sequence[Arm], event: str, label: str) -> Canvas:
     """Box and points of the time to an event; arrows mark runs that ended before it came."""
     with style() as plt:
         figure, axis = plt.subplots(figsize=(6.6, 0.8 * len(arms) + 1.4))
-        for row, (arm, (colour, _)) in enumerate(zip(arms, _looks(), strict=False)):
+        for row, (arm, (colour, _)) in enumerate(zip(arms, looks(), strict=False)):
             times, censored = arm.times_to(event)
             if len(times) >= BOX_FROM and not censored.any():
                 axis.boxplot(

@@ -74,4 +74,3 @@ def _measured(result: Result) -> str:
     if result.interval is not None:
         found += f" {bracket(result.interval)} ({result.interval.level:.0%})"
     return f"{found}, {counted(result.inference.n, units_of(result.claim))}"
-

@@ -125,12 +125,12 @@ class Study:
     @property
     def title(self) -> str:
         """Its heading."""
-        return f"{self.exp}: {self.subject}" if self.subject else self.exp
+        return title(self.exp, self.subject)
 
     @property
     def anchor(self) -> str:
         """Its name in addresses and folders."""
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+        return anchor(self.title)
 
     @property
     def verdicts(self) -> dict[str, int]:
@@ -165,6 +165,21 @@ class Study:
     def left_out(self) -> list[tuple[str, str]]:
         """Runs that do not count, with why."""
         return [pair for arm in self.arms for pair in arm.left_out.items()]
+
+
+def title(exp: str, subject: str) -> str:
+    """What a study is called: its experiment and, where it is about one, the pretrained model."""
+    return f"{exp}: {subject}" if subject else exp
+
+
+def anchor(title: str) -> str:
+    """A study's name in addresses and folders.
+
+    Example:
+        >>> anchor("ioi: SmolLM2-135M (Q4_1)")
+        'ioi-smollm2-135m-q4-1'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def study(exp: str, runs: Sequence[RunView], extension: Extension, *, subject: str = "") -> Study:
