@@ -202,15 +202,19 @@ def rows_of(studies: Mapping[str, Sequence[Mapping[str, Any]]], study: str) -> l
     return _with_missing(_judged(studies, study))
 
 
-def _judged(
-    studies: Mapping[str, Sequence[Mapping[str, Any]]], study: str
-) -> list[Row]:
-    """The rows of one verdicts.json; claims that are no longer registered are left out."""
-    known = {
+@cache
+def _by_id() -> dict[str, tuple[str, Claim, str]]:
+    """Experiment, claim and hash of every registered claim."""
+    return {
         claim.id: (exp, claim, digest)
         for exp, claims in registered().items()
         for claim, digest in zip(claims, freeze(claims)["hashes"].values(), strict=True)
     }
+
+
+def _judged(studies: Mapping[str, Sequence[Mapping[str, Any]]], study: str) -> list[Row]:
+    """The rows of one verdicts.json; claims that are no longer registered are left out."""
+    known = _by_id()
     found = []
     for title, results in studies.items():
         subject = title.partition(": ")[2]
