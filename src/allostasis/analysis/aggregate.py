@@ -70,6 +70,13 @@ class Arm:
             value = value[key]
         return value
 
+    def has(self, settings: Mapping[str, Any]) -> bool:
+        """Whether its config has all of these values, by dotted name."""
+        try:
+            return all(self.setting(name) == value for name, value in settings.items())
+        except UndefinedError:
+            return False
+
     def times_to(self, event: str) -> tuple[np.ndarray, np.ndarray]:
         """Step of an event in each run, or its last step, and whether that is censored."""
         times = [summaries.time_to(run, event) for run in self.runs]

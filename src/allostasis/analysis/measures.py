@@ -147,6 +147,9 @@ def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference
             )
         case "kappa":
             assert below is not None
+            if control is not None:  # levels of two arms: their changes from control to treatment
+                assert control.denominators is not None
+                values, below = control.values - values, below - control.denominators
             return estimands.kappa(values, below, rng)
         case "ratio_of_sums":
             assert below is not None
