@@ -6,7 +6,7 @@ RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench report study grokking ioi constraint superposition \
+.PHONY: help install demo test test-all check format bench report study index grokking ioi constraint superposition \
   heads_zero heads_pairs heads_patch heads_ov
 
 help: ## list these targets
@@ -76,6 +76,9 @@ report: .venv/installed ## figures and claims for everything under outputs/
 study: .venv/installed ## go on with a recorded study: make study NAME=<folder under experiments/>
 	@test -n "$(NAME)" || { echo "say which: make study NAME=<one of>"; ls experiments; exit 2; }
 	cd experiments/$(NAME) && PATH="$(CURDIR)/$(BIN):$$PATH" sh run.sh
+
+index: .venv/installed ## write the lab record's index, experiments/README.md
+	cd experiments && PATH="$(CURDIR)/$(BIN):$$PATH" python index.py
 
 test: .venv/smollm2 ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not hub" $(ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from allostasis import report
+from allostasis.analysis import registry
 
 Writer = Callable[..., Path]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -110,12 +112,13 @@ def test_page_asks_for_nothing_and_the_console_is_silent(opened: Seen, written: 
 
 def test_claims_table_comes_first_and_holds_every_claim(opened: Seen, verdicts: list[str]) -> None:
     rows = opened.page.locator("table.claims tr[data-verdict]")
-    assert rows.count() == len(verdicts) > 50
+    every = sum(map(len, registry.registered().values()))
+    assert rows.count() == every > len(verdicts) > 50  # the rest: not run here
     words = opened.page.locator("table.claims .verdict").all_inner_texts()
-    assert words == verdicts
+    assert words[: len(verdicts)] == verdicts
     assert opened.page.locator("h2").first.inner_text() == "Claims"
     total = opened.page.locator("table.totals tbody tr").all_inner_texts()
-    assert sum(int(row.split()[-1]) for row in total) == len(verdicts)
+    assert sum(int(row.split()[-1]) for row in total) == every
     links = opened.page.locator("table.claims td:first-child a")
     there = opened.page.evaluate(
         "[...document.querySelectorAll('a[href^=\"#\"]')]"
@@ -125,8 +128,16 @@ def test_claims_table_comes_first_and_holds_every_claim(opened: Seen, verdicts: 
     assert there == 0  # every link inside the page leads somewhere
 
 
-def test_claims_can_be_narrowed_to_a_verdict(opened: Seen, verdicts: list[str]) -> None:
-    counts = Counter(verdicts)
+def test_every_line_of_the_source_documents_has_an_answer(opened: Seen) -> None:
+    answers = opened.page.locator("table.criteria td:nth-child(3)").all_inner_texts()
+    assert len(answers) == len(registry.criteria())
+    known = re.compile("supported|refuted|equivalent|undecided|degenerate")
+    assert all(known.search(answer) for answer in answers)
+
+
+def test_claims_can_be_narrowed_to_a_verdict(opened: Seen) -> None:
+    words = opened.page.locator("table.claims .verdict").all_inner_texts()
+    counts = Counter(words)
     for word in ("supported", "refuted", "undecided"):
         opened.page.get_by_label(word, exact=True).check()
         shown = opened.page.locator("table.claims .verdict:visible").all_inner_texts()
@@ -134,20 +145,22 @@ def test_claims_can_be_narrowed_to_a_verdict(opened: Seen, verdicts: list[str]) 
     opened.page.get_by_label("all verdicts").check()
     opened.page.get_by_label("published claims only").check()
     shown = opened.page.locator("table.claims .verdict:visible").count()
-    assert 0 < shown < len(verdicts)
+    assert 0 < shown < len(words)
     opened.page.get_by_label("published claims only").uncheck()
-    assert opened.page.locator("table.claims .verdict:visible").count() == len(verdicts)
+    assert opened.page.locator("table.claims .verdict:visible").count() == len(words)
 
 
 def test_every_verdict_is_set_in_the_same_type_size_weight_and_colour(opened: Seen) -> None:
     styles = opened.page.evaluate(
-        """[...document.querySelectorAll('table.claims .verdict')].map(one => {
+        """[...document.querySelectorAll('.verdict')].map(one => {
             const style = getComputedStyle(one)
-            return [one.innerText, [style.fontFamily, style.fontSize, style.fontWeight,
+            return [one.innerText, one.closest('td, article').tagName, [style.fontFamily, style.fontSize, style.fontWeight,
                     style.fontStyle, style.color, style.backgroundColor].join()] })"""
     )
-    assert {word for word, _ in styles} >= {"supported", "refuted", "undecided"}
-    assert len({style for _, style in styles}) == 1
+    for place in ("TD", "ARTICLE"):  # tables, and headings of the claims in full
+        here = {(word, style) for word, where, style in styles if where == place}
+        assert {word for word, _ in here} >= {"supported", "refuted", "undecided"}
+        assert len({style for _, style in here}) == 1
 
 
 def test_a_heat_map_says_a_cells_number_to_mouse_and_keyboard(opened: Seen) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from allostasis.analysis import overview
-from allostasis.analysis.studies import WORDS, Study
+from allostasis.analysis import overview, registry
+from allostasis.analysis.studies import WORDS, Study, questions
 from allostasis.analysis.text import cell
 from allostasis.analysis.verdicts import Result
 from allostasis.core.records import write_atomically, write_json
@@ -37,12 +37,16 @@ def write(title: str, studies: Sequence[Study], folder: Path) -> list[Path]:
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = cell
+    verdicts = {s.title: [_as_json(result) for result in s.results] for s in studies}
+    is_whole = len({study.exp for study in studies}) > 1  # else the report is of one experiment
+    rows = registry.rows_of(verdicts, title) if is_whole else []
     content = {
         "title": title,
         "studies": studies,
         "homes": homes,
         "words": WORDS,
-        "lines": {study.anchor: overview.lines(study) for study in studies},
+        "groups": overview.groups(studies, rows, questions()),
+        "criteria": overview.criteria(registry.answers(rows)) if is_whole else {},
     }
     written: list[Path] = []
     for name in ("report.md", "report.html"):
@@ -50,7 +54,6 @@ def write(title: str, studies: Sequence[Study], folder: Path) -> list[Path]:
         path = folder / (name if name.endswith(".html") else "REPORT.md")
         write_atomically(path, lambda file, text=text: file.write_text(text, encoding="utf-8"))
         written.append(path)
-    verdicts = {s.title: [_as_json(result) for result in s.results] for s in studies}
     write_json(folder / "verdicts.json", verdicts)
     written.append(folder / "verdicts.json")
     page = environment.get_template("page.html.jinja")

@@ -23,18 +23,23 @@ class Commands:
     Attributes:
         commit: The commit that they ran from; empty where the records name none.
         lines: Commands, in the order of runs; equal ones once.
+        model: The pretrained model that they need; empty where they train their own.
         is_dirty: Whether any of the runs was made with changes that the commit does not hold.
     """
 
     commit: str
     lines: tuple[str, ...]
+    model: str
     is_dirty: bool
 
     @property
     def text(self) -> str:
         """All of it, as a shell takes it."""
-        start = [f"git checkout {self.commit}", "make install && . .venv/bin/activate"]
-        return "\n".join([*(start if self.commit else start[1:]), *self.lines])
+        start = [f"git checkout {self.commit}"] if self.commit else []
+        start += ["make install && . .venv/bin/activate"]
+        if self.model:
+            start += [f"python -m allostasis.doctor   # says how to have {self.model}"]
+        return "\n".join([*start, *self.lines])
 
 
 def commands(runs: Sequence[RunView]) -> list[Commands]:
@@ -44,6 +49,7 @@ def commands(runs: Sequence[RunView]) -> list[Commands]:
         Commands(
             "" if commit == UNKNOWN else commit,
             tuple(dict.fromkeys(_command(run) for run in group)),
+            next((run.title for run in group if run.model), ""),
             any(run.run.get("dirty") for run in group),
         )
         for commit, group in _by(finished, "commit").items()

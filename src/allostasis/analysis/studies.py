@@ -290,7 +290,7 @@ def extension(exp: str, views: Sequence[RunView]) -> Extension:
     registered = claims_module.load(folder, exp)
     first, *design = (inspect.getdoc(importlib.import_module(package)) or "").split("\n\n")
     told = {
-        "question": _questions().get(exp, " ".join(first.split())),
+        "question": questions().get(exp, " ".join(first.split())),
         "design": tuple(" ".join(paragraph.split()) for paragraph in design),
     }
     if importlib.util.find_spec(f"{package}.report") is None:
@@ -301,5 +301,6 @@ def extension(exp: str, views: Sequence[RunView]) -> Extension:
 
 
 @cache
-def _questions() -> dict[str, str]:
+def questions() -> dict[str, str]:
+    """What each experiment on disk asks, from its front page."""
     return {experiment.name: experiment.question for experiment in front_pages.experiments()}
