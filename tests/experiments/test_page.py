@@ -154,8 +154,9 @@ def test_every_verdict_is_set_in_the_same_type_size_weight_and_colour(opened: Se
     styles = opened.page.evaluate(
         """[...document.querySelectorAll('.verdict')].map(one => {
             const style = getComputedStyle(one)
-            return [one.innerText, one.closest('td, article').tagName, [style.fontFamily, style.fontSize, style.fontWeight,
-                    style.fontStyle, style.color, style.backgroundColor].join()] })"""
+            return [one.innerText, one.closest('td, article').tagName, [
+                style.fontFamily, style.fontSize, style.fontWeight, style.fontStyle, style.color,
+                style.backgroundColor].join()] })"""
     )
     for place in ("TD", "ARTICLE"):  # tables, and headings of the claims in full
         here = {(word, style) for word, where, style in styles if where == place}
