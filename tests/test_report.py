@@ -262,6 +262,40 @@ def test_the_document_proves_nothing_and_carries_every_part(written: Path) -> No
         assert part in text, part
 
 
+def test_a_study_has_its_question_controls_power_and_commands(written: Path) -> None:
+    text = (written / "REPORT.md").read_text()
+    assert "Does weight decay move a modular-addition transformer from amplitude" in text
+    assert "What would refute it: amplitude that does not fall" in text
+    controls = markdown_table(text, "Controls and nulls")
+    decay = next(
+        row for row in controls if row["what else could give the result"].startswith("adam")
+    )
+    assert decay["control arm"] == "none: not excluded"
+    power = {row["claim"]: row for row in markdown_table(text, "Power of what is undecided")}
+    assert power["C4.muon"]["there are"] == "0 seeds"
+    assert power["C4.muon"]["least that could support it"] == "25"
+    assert "- Fewer than the 25 seeds that could support it, with how many there are: " in text
+    assert (
+        "    make install && . .venv/bin/activate\n    python -m allostasis +exp=grokking" in text
+    )
+
+
+def test_instrument_gates_are_told_with_how_far_they_were_off(
+    tmp_path: Path, write_run: Writer
+) -> None:
+    gate = {"name": "I1", "tolerance": 1e-9}
+    for seed, worst in enumerate((1e-12, 1e-3)):
+        gates = {"I1 identity": gate | {"worst": worst, "passed": worst < 1e-9}}
+        status = "done" if worst < 1e-9 else "failed_verification"
+        write_run(tmp_path, "high_wd", seed, every=1000, gates=gates, status=status)
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report/REPORT.md").read_text()
+    (row,) = markdown_table(text, "Instrument gates")
+    assert row == {"gate": "I1 identity", "passed": "1 of 2 runs", "worst": "0.001",
+                   "allowed": "1e-09"}  # fmt: skip
+    assert "instrument gates failed: I1 identity" in text
+
+
 def test_every_picture_of_the_markdown_is_there(written: Path) -> None:
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (written / "REPORT.md").read_text())
     assert len(pictures) == 8

@@ -114,7 +114,9 @@ def groups(studies: Sequence[Study], rows: Sequence[Row], questions: dict[str, s
     left = [row for row in rows if not row.study]
     for exp in dict.fromkeys(row.exp for row in left):
         lines = tuple(_left_out(row) for row in left if row.exp == exp)
-        made.append(Group(f"{exp}: claims that no run here is about", "", questions[exp], lines))
+        made.append(
+            Group(f"{exp}: claims that no run here is about", "", questions.get(exp, ""), lines)
+        )
     return made
 
 
