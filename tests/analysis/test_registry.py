@@ -77,8 +77,7 @@ def test_without_records_every_claim_says_what_is_missing(tmp_path: Path) -> Non
     assert impossible.reason.startswith("by construction: it can be at most 0.9375 (")
     (lm,) = (row for row in rows if row.claim.id == "ioi.delta")
     assert lm.reason == (
-        "not run (no finished run of ioi, condition critical, "
-        "at model.name=openai-community/gpt2)"
+        "not run (no finished run of ioi, condition critical, at model.name=openai-community/gpt2)"
     )
 
 
