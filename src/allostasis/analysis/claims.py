@@ -24,7 +24,7 @@ from yaml import YAMLError
 from allostasis.analysis import summaries
 
 Direction = Literal["greater", "less", "inside", "outside"]
-Test = Literal["t", "tost", "binomial", "bootstrap", "log_rank"]
+Test = Literal["t", "tost", "binomial", "bootstrap", "log_rank", "sign_flip", "permutation"]
 Of = Literal[
     "mean", "difference", "paired_difference", "log_ratio", "proportion", "unanimous",
     "median_time", "kappa", "ratio_of_sums", "log_ratio_of_sums", "hedges_g",
@@ -35,10 +35,10 @@ OF_CLUSTERS: tuple[Of, ...] = (
 )  # fmt: skip
 
 TESTS: dict[Of, tuple[Test, ...]] = {
-    "mean": ("t", "tost"),
-    "log_ratio": ("t", "tost"),
-    "paired_difference": ("t", "tost"),
-    "difference": ("t", "tost"),
+    "mean": ("t", "tost", "sign_flip"),
+    "log_ratio": ("t", "tost", "sign_flip"),
+    "paired_difference": ("t", "tost", "sign_flip"),
+    "difference": ("t", "tost", "permutation"),
     "proportion": ("binomial",),
     "unanimous": ("binomial",),
     "median_time": ("binomial",),
@@ -49,6 +49,9 @@ TESTS: dict[Of, tuple[Test, ...]] = {
     "geometric_ratio": ("bootstrap",),
     "log_hazard_ratio": ("log_rank",),
 }
+
+
+LEAST_FLIPPED = 6  # units: 2 / 2 ** 6 is the first two-sided p of flipped signs below 0.05
 
 
 class ClaimError(ValueError):
@@ -232,6 +235,11 @@ class Claim(Part):
             allowed = ", ".join(TESTS[estimand.of])
             raise ValueError(
                 f"test '{self.test}' does not fit of: {estimand.of}; allowed: {allowed}"
+            )
+        if self.test == "sign_flip" and self.min_seeds < LEAST_FLIPPED:
+            raise ValueError(
+                f"min_seeds {self.min_seeds}: no fewer than {LEAST_FLIPPED} flipped signs can "
+                "give p < 0.05"
             )
         band = self.direction in {"inside", "outside"}
         if band != isinstance(self.bound, tuple):

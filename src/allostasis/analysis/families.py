@@ -62,9 +62,17 @@ def units_of(claim: Claim) -> str:
 def seeds_needed(claim: Claim, family_size: int) -> int:
     """Least units with which an atom's test can support it at its level in its family.
 
-    A share needs bound ** n, a median 1/2 ** n small enough; t tests need only `min_seeds`.
+    A share needs bound ** n, a median and flipped signs 1/2 ** n, a permutation 1 / C(2 n, n) small
+    enough; t tests need only `min_seeds`.
     """
     assert claim.estimand is not None
+    relabelled: dict[str, st.Design] = {"sign_flip": "sign_flip", "permutation": "unpaired"}
+    if claim.test in relabelled:
+        least = st.minimum_seeds(
+            relabelled[claim.test], alpha=claim.alpha, family_size=family_size,
+            sides=1 if claim.direction == "inside" else 2,
+        )  # fmt: skip
+        return max(claim.min_seeds, least)
     match claim.estimand.of, claim.bound:
         case (("proportion" | "unanimous"), float(bound)):
             share = bound if claim.direction == "greater" else 1 - bound

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 from allostasis.analysis import clusters
 from allostasis.analysis import statistics as st
@@ -21,7 +22,7 @@ from allostasis.analysis.aggregate import (
 )
 from allostasis.analysis.claims import Claim, by_construction, freeze
 from allostasis.analysis.curves import UndefinedError
-from allostasis.analysis.estimands import Inference, generator
+from allostasis.analysis.estimands import Inference
 from allostasis.analysis.families import adjusted, family_sizes, seeds_needed, units_of
 from allostasis.analysis.intervals import Interval
 from allostasis.analysis.measures import measure
@@ -149,11 +150,15 @@ def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
         check_distinct(left, right)
     hashes = freeze(list(claims))["hashes"]
     measured = {c.id: _measure(c, arms, hashes[c.id]) for c in claims if not c.all_of}
-    return decide(claims, measured, gate=_gate(arms))
+    return decide(claims, measured, hashes, gate=_gate(arms))
 
 
 def decide(
-    claims: Sequence[Claim], measured: Mapping[str, Result], *, gate: str = ""
+    claims: Sequence[Claim],
+    measured: Mapping[str, Result],
+    hashes: Mapping[str, str],
+    *,
+    gate: str = "",
 ) -> list[Result]:
     """From measured atoms to verdicts: families, the rule, preconditions, compounds.
 
@@ -161,12 +166,12 @@ def decide(
         claims: In file order: atoms and preconditions stand before those that name them.
         measured: Every atom's estimate and p-values, by id; its verdict is the reason where it has
             none.
+        hashes: sha256 of each claim, by id.
         gate: Why nothing may be decided; empty where nothing says it.
 
     Returns:
         One result a claim, in order.
     """
-    hashes = freeze(list(claims))["hashes"]
     q_support = adjusted(claims, {k: _q(r, "p_support") for k, r in measured.items()}, max)
     q_refute = adjusted(claims, {k: _q(r, "p_refute") for k, r in measured.items()}, min)
     sizes = family_sizes(claims)
@@ -390,20 +395,26 @@ def _arms_of(results: Sequence[Result]) -> list[Arm]:
 
 
 def _seeds_for_power(result: Result) -> int | None:
-    """Units for 0.8 power at the registered effect and the observed spread.
+    """Units for 0.8 power at the registered effect and the observed spread, in the whole family.
 
     The registered effect is `negligible` beyond the bound, or the middle of the bounds; without
-    either there is none. Shares and medians have no spread to plan with.
+    either there is none. Shares and medians have no spread to plan with. The level is that of
+    Holm's first step, at which a claim is decided whatever its family does.
     """
     claim, inference = result.claim, result.inference
-    if inference is None or inference.sd is None:
+    if inference is None or not inference.sd or claim.estimand is None or claim.bound is None:
         return None
-    if claim.estimand is None or claim.estimand.of == "log_ratio":
+    scale = math.log if claim.estimand.of == "log_ratio" else float
+    planned: dict[str, Any] = {
+        "sd": inference.sd,
+        "alpha": claim.alpha / result.family_size,
+        "arms": 2 if claim.estimand.of == "difference" else 1,
+    }
+    if isinstance(claim.bound, tuple):
+        low, high = map(scale, claim.bound)
+        inside = claim.direction == "inside"
+        return st.seeds_for_power(0.0, half_width=(high - low) / 2, **planned) if inside else None
+    if claim.negligible is None:
         return None
-    rng = generator(claim.id)
-    if isinstance(claim.bound, tuple) and claim.direction == "inside":
-        half = (claim.bound[1] - claim.bound[0]) / 2
-        return st.seeds_for_power(0.0, rng, sd=inference.sd, alpha=claim.alpha, half_width=half)
-    if claim.negligible is not None:
-        return st.seeds_for_power(claim.negligible, rng, sd=inference.sd, alpha=claim.alpha)
-    return None
+    beyond = claim.bound + claim.negligible * (1 if claim.direction == "greater" else -1)
+    return st.seeds_for_power(abs(scale(beyond) - scale(claim.bound)), **planned)

@@ -35,6 +35,8 @@ TESTS = {
     "tost": "two one-sided t tests (TOST)",
     "binomial": "exact binomial tests",
     "bootstrap": "the BCa bootstrap of the logarithm, inverted",
+    "sign_flip": "exact tests by flipping signs",
+    "permutation": "exact tests by permuting labels",
     "log_rank": "normal tests of Peto's estimate, which at 0 are the log-rank test",
 }
 FIELLER = "the tests that Fieller inverts"
