@@ -197,7 +197,10 @@ def test_page_prints_with_what_is_folded_and_without_controls(opened: Seen) -> N
     page.emulate_media(media="print")
     assert folded.is_visible()
     assert not page.locator(".filters").is_visible()
+    page.set_viewport_size({"width": 700, "height": 1000})  # of A4's text, in pixels
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
     assert page.pdf().startswith(b"%PDF")
+    page.set_viewport_size({"width": 1200, "height": 900})
     page.emulate_media(media="screen")
 
 
