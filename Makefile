@@ -37,7 +37,7 @@ install: .venv/installed ## make .venv with everything this commit was tested wi
 .venv/browser: .venv/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt playwright
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
-	  { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+	  { test "$$(id -u)" = 0 && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } || \
 	  echo "no browser is here, and Debian's chromium cannot be installed: the test of the report's page is skipped"
 	@touch $@
 

@@ -111,7 +111,7 @@ def test_the_picture_hatches_what_is_missing_and_shares_the_limits(one: HeadMap)
         told = [text.get_text() for text in drawn.legends[0].get_texts()]
         assert told == ["ablated", "well below 0", "not measured"]
         minus = [line for line in left.lines if line.get_marker() == "_"]
-        assert [line.get_xydata().tolist() for line in minus] == [[[2.0, 0.0], [2.0, 1.0]]]
+        assert [line.get_xydata().tolist() for line in minus] == [[[2.0, 0.0]], [[2.0, 1.0]]]
         plt.close(drawn)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from allostasis.analysis.aggregate import Arm
     from allostasis.analysis.verdicts import Result
 
+NARROW = 20  # ratio of an axis's ends
 BOX_FROM = 5  # seeds: quartiles of fewer are the points themselves
 
 
@@ -140,6 +141,16 @@ def forest(results: Sequence[Result]) -> Canvas:
     return figure
 
 
+def _plain_ticks(axis: Axes, *, is_narrow: bool) -> None:
+    """Numbers, not powers of ten, at a logarithmic axis; round ones where it has no decade."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    if is_narrow:
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
 def _forest_row(axis: Axes, result: Result) -> None:
     claim, interval = result.claim, result.interval
     assert result.inference is not None
@@ -158,6 +169,8 @@ def _forest_row(axis: Axes, result: Result) -> None:
     edges = np.array([places.min() - margin, places.max() + margin])
     low, high = (np.exp(edges) if is_ratio else edges).tolist()
     axis.set_xlim(low, high)
+    if is_ratio:
+        _plain_ticks(axis, is_narrow=high < NARROW * low)
     claimed = {
         "greater": [(bounds[0], high)],
         "less": [(low, bounds[0])],
