@@ -20,6 +20,7 @@ from allostasis.analysis.canvas import (
     count,
     looks,
     style,
+    wrapped,
 )
 from allostasis.analysis.curves import Curve, UndefinedError
 
@@ -67,7 +68,7 @@ def overlay(
                     _bundle(axis, curves, look, f"{arm.condition}, {count(arm)}")
             if ceiling is not None and place in ceiling:
                 axis.axhline(ceiling[place], color=INK, ls="--", lw=1)
-            axis.set_ylabel(quantity.label)
+            axis.set_ylabel(wrapped(quantity.label))
         axes[-1, 0].set_xlabel(STEPS)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
@@ -131,7 +132,7 @@ def divergence(arms: Sequence[Arm], control: str, quantities: Sequence[Quantity]
                     continue
                 _bundle(axis, pairs, look, arm.condition)
                 _mark_first(axis, pairs, look[0])
-            axis.set_ylabel(quantity.label)
+            axis.set_ylabel(wrapped(quantity.label))
         axes[-1, 0].set_xlabel(STEPS)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -182,7 +183,7 @@ def ends(arms: Sequence[Arm], quantities: Sequence[Quantity]) -> Canvas:
                         medianprops={"color": INK},
                     )  # fmt: skip
                 axis.plot(values, np.full(len(values), row), "o", ms=3.5, color=INK, alpha=0.7)
-            axis.set_xlabel(quantity.label)
+            axis.set_xlabel(wrapped(quantity.label))
             axis.grid(visible=False, axis="y")
             axis.locator_params(axis="x", nbins=4)
         axes[0, 0].set_yticks(range(len(arms)), [arm.condition for arm in arms])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ INK, GREY, PALE = "#222222", "#777777", "#e8e8e8"
 STEP_COLOURS = "viridis"
 STEPS = "step (optimiser updates)"
 DPI = 130
+LINE = 24  # characters of an axis label
 MIN_WIDTH = 7.2  # inches, so that a legend below a single panel has room
 
 
@@ -141,6 +143,11 @@ def looks() -> Iterator[tuple[str, str]]:
         for round_ in range(len(DASHES))
         for place, colour in enumerate(ARM_COLOURS)
     )
+
+
+def wrapped(label: str) -> str:
+    """An axis label in lines as long as a low panel has room for."""
+    return textwrap.fill(label, LINE)
 
 
 def count(arm: Arm) -> str:

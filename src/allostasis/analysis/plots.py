@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 log = logging.getLogger(__name__)
-LINE = 24  # characters of an axis label that a panel has room for
 
 Source = Path | str | Iterable[Path | str]
 Logs = Mapping[str, Source] | Sequence[Arm]
@@ -236,8 +234,7 @@ def _logged(name: str, there: Sequence[Arm]) -> Logged:
     symbol = f" ({about['symbol']})" if "symbol" in about else ""
     where = f", layer {layer}" if layer else ""
     unit = f", {about['unit']}" if "unit" in about else ""
-    label = f"{re.sub(r'[_.]', ' ', metric)}{symbol}{where}{unit}"
-    return replace(quantity, label=textwrap.fill(label, LINE))
+    return replace(quantity, label=f"{re.sub(r'[_.]', ' ', metric)}{symbol}{where}{unit}")
 
 
 def _has(run: RunView, quantity: Quantity) -> bool:
