@@ -6,7 +6,7 @@ RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench report study index grokking ioi constraint superposition \
+.PHONY: help install demo test test-all calibrate check format bench report study index grokking ioi constraint superposition \
   heads_zero heads_pairs heads_patch heads_ov
 
 help: ## list these targets
@@ -85,6 +85,9 @@ test: .venv/smollm2 ## the tests that take seconds
 
 test-all: .venv/smollm2 .venv/gpt2 .venv/browser ## all tests that need no hub
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not hub" $(ARGS)
+
+calibrate: .venv/installed ## error rates and coverage of every decision rule, 4,000 simulated data sets each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -rP -k "not smoke" tests/analysis/test_calibration.py --sets 4000 $(ARGS) | grep -E "^calibration|passed|failed"
 
 check: .venv/installed ## lint, format, types, import contracts; repairs nothing
 	$(BIN)/ruff check .

@@ -48,9 +48,12 @@ def adjusted(
     for family in {claim.family for claim in claims}:
         below = members(claims, family)
         together = {top: combine([q[a.id] for a in atoms]) for top, atoms in below.items()}
+        whole = dict(zip(together, st.holm(list(together.values())), strict=True))
         for top, atoms in below.items():
             others = [value for other, value in together.items() if other != top]
-            levels |= {atom.id: st.holm([q[atom.id], *others])[0] for atom in atoms}
+            for atom in atoms:
+                alone = q[atom.id] == together[top]  # then it is in its place already
+                levels[atom.id] = whole[top] if alone else st.holm([q[atom.id], *others])[0]
     return levels
 
 
