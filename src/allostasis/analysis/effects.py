@@ -83,7 +83,7 @@ def noncentral_above(t: float, df: int, delta: float) -> float:
         reached = stats.chi.cdf(np.maximum(z + delta, 0) / t, df, scale=1 / math.sqrt(df))
         found = float(weight @ (stats.norm.pdf(z) * reached))
     else:
-        s, mass = _spread(df)
+        s, mass = spread_nodes(df)
         found = float(mass @ special.ndtr(delta - t * s))
     return min(1.0, max(0.0, found))
 
@@ -100,7 +100,7 @@ def _nodes(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _spread(df: int) -> tuple[np.ndarray, np.ndarray]:
+def spread_nodes(df: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes of s = sqrt(chi^2_df / df), and the probability that each stands for."""
     scale = 1 / math.sqrt(df)
     ends = stats.chi.ppf(1e-15, df, scale=scale), stats.chi.isf(1e-15, df, scale=scale)

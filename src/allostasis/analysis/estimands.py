@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy import stats
@@ -17,6 +18,9 @@ from allostasis.analysis.text import bracket, number
 
 BOOTSTRAP_FROM = 50  # units: below, BCa covers less than t
 RATIO_BOOTSTRAP_FROM = 100
+FLIPS_DRAWN_FROM = 20  # units: 2 ** 20 sign flips are more than are enumerated
+LEAST_FOR_BCA = 3
+LEAST_FOR_IQM = 4
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,9 @@ class Inference:
         interval: Interval at a level.
         above: One-sided p of "at most the bound".
         below: One-sided p of "at least the bound".
-        effect: Standardised distance from the bound, where units have a spread.
-        sd: Standard deviation between units, on the scale of the test.
-        beside: What is printed beside it and decides nothing, by name.
+        standardised: Makes `effect`, which is worth computing where it is printed only.
+        sd: Standard deviation between units, on the scale of the test; pooled over two arms.
+        noted: Makes `beside`, likewise.
         untestable: Why there is neither interval nor test, where there is none.
     """
 
@@ -40,10 +44,20 @@ class Inference:
     interval: Callable[[float], Interval]
     above: Callable[[float], float]
     below: Callable[[float], float]
-    effect: st.Effect | None = None
+    standardised: Callable[[], st.Effect | None] = lambda: None
     sd: float | None = None
-    beside: dict[str, str] = field(default_factory=dict)
+    noted: Callable[[], dict[str, str]] = dict
     untestable: str = ""
+
+    @cached_property
+    def effect(self) -> st.Effect | None:
+        """Standardised distance from the bound, where units have a spread."""
+        return self.standardised()
+
+    @cached_property
+    def beside(self) -> dict[str, str]:
+        """What is printed beside it and decides nothing, by name."""
+        return self.noted()
 
 
 def generator(claim_id: str) -> np.random.Generator:
@@ -52,61 +66,165 @@ def generator(claim_id: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
-def mean(values: np.ndarray, bound: float, rng: np.random.Generator) -> Inference:
-    """Mean over units: t below 50 of them, BCa from there."""
+def mean(
+    values: np.ndarray,
+    bound: float,
+    rng: np.random.Generator,
+    *,
+    counts: np.ndarray | None = None,
+    flips: bool = False,
+) -> Inference:
+    """Mean over units: t below 50 of them, BCa from there.
+
+    Error rates at a nominal 5 %, 4,000 data sets: t 4.9 % at 8 normal units, BCa 5.2 % at 60.
+
+    Args:
+        values: One a unit.
+        bound: From which the effect size is told.
+        rng: Where randomness comes from.
+        counts: Of shares: how many trials each is of. Where all units are equal, so that they have
+            no spread, the outermost limits of their own binomial intervals stand for the interval.
+        flips: Test by flipping signs, whatever the number of units.
+    """
     if alone := _untestable(values.mean(), values):
-        return alone
+        if counts is None or len(values) == 1:
+            return alone
+        return _equal_shares(values, counts)
     n = len(values)
-    effect = st.one_sample_effect(values, bound) if n > 2 else None
-    beside = {"sign-flip p (two-sided)": f"{st.sign_flip(values, bound, rng):.3g}"}
-    sd = float(values.std(ddof=1))
+    sd, estimate = float(values.std(ddof=1)), float(values.mean())
+    own = rng.spawn(1)[0]  # so that what is printed beside moves no draw of the verdict's
+
+    def standardised() -> st.Effect | None:
+        return st.one_sample_effect(values, bound) if n > 2 else None
+
+    if flips:
+        test = st.flipped_signs(values, rng)
+        return Inference(
+            estimate, n, test.interval, test.above, test.below, standardised, sd,
+            lambda: {"t interval": _interval(st.t_interval(values))} | _middle(values, own),
+        )  # fmt: skip
+    # with many units the flips are drawn, before the bootstrap; with few they are enumerated
+    drawn = f"{st.sign_flip(values, bound, rng):.3g}" if n >= FLIPS_DRAWN_FROM else ""
+
+    def noted() -> dict[str, str]:
+        flipped = drawn or f"{st.sign_flip(values, bound, own):.3g}"
+        other = (
+            _bca_beside((values,), np.mean, own)
+            if n < BOOTSTRAP_FROM
+            else {"t interval": _interval(st.t_interval(values))}
+        )
+        return {"sign-flip p (two-sided)": flipped} | other | _middle(values, own)
+
     if n < BOOTSTRAP_FROM:
         return Inference(
-            float(values.mean()), n, lambda level: st.t_interval(values, level=level),
+            estimate, n, lambda level: st.t_interval(values, level=level),
             lambda b: st.t_above(values, b), lambda b: st.t_above(-values, -b),
-            effect, sd, beside,
+            standardised, sd, noted,
         )  # fmt: skip
     boot = st.Bootstrap((values,), np.mean, rng)
     return Inference(
-        float(values.mean()), n, boot.interval, boot.p_above, lambda b: 1 - boot.p_above(b),
-        effect, sd, beside,
+        estimate, n, boot.interval, boot.p_above, lambda b: 1 - boot.p_above(b),
+        standardised, sd, noted,
     )  # fmt: skip
 
 
-def log_ratio(ratios: np.ndarray, bound: float, rng: np.random.Generator) -> Inference:
+def _interval(interval: Interval) -> str:
+    return f"{interval.level:.0%} {bracket(interval)}"
+
+
+def _bca_beside(
+    columns: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], rng: np.random.Generator
+) -> dict[str, str]:
+    """The BCa interval that is printed beside a t or Fieller interval; it covers less."""
+    if len(columns[0]) < LEAST_FOR_BCA or any(np.ptp(np.sign(c)) > 0 for c in columns[1:]):
+        return {}
+    return {"BCa interval": _interval(st.Bootstrap(columns, statistic, rng).interval())}
+
+
+def _middle(values: np.ndarray, rng: np.random.Generator) -> dict[str, str]:
+    """The interquartile mean with its interval, where a quarter is at least one unit."""
+    if len(values) < LEAST_FOR_IQM:
+        return {}
+    interval = st.iqm_interval(values[:, None], rng)
+    return {
+        "interquartile mean": f"{number(st.iqm(values))}, {_interval(interval)} "
+        f"({interval.method}); decides nothing"
+    }
+
+
+def _equal_shares(values: np.ndarray, counts: np.ndarray) -> Inference:
+    """Units that all have one share: each unit's own binomial test, the least favourable counts."""
+    hits = [(round(float(v * n)), int(n)) for v, n in zip(values, counts, strict=True)]
+
+    def interval(level: float) -> Interval:
+        each = [st.clopper_pearson(k, n, level=level) for k, n in hits]
+        lows, highs = ([i.low for i in each], [i.high for i in each])
+        low, high = min(x for x in lows if x is not None), max(x for x in highs if x is not None)
+        return Interval(low, high, level, "binomial, outermost limits of the units' own")
+
+    return Inference(
+        float(values.mean()), len(values), interval,
+        lambda b: max(st.binomial_above(k, n, b) for k, n in hits),
+        lambda b: max(st.binomial_above(n - k, n, 1 - b) for k, n in hits),
+        noted=lambda: {"interval": "binomial: all units are equal, so their spread is 0"},
+    )  # fmt: skip
+
+
+def log_ratio(
+    ratios: np.ndarray, bound: float, rng: np.random.Generator, *, flips: bool = False
+) -> Inference:
     """Geometric mean of positive ratios: `mean` of their logarithms, printed as a ratio."""
     if (ratios <= 0).any():
         raise UndefinedError(f"logarithm of {ratios.min():.3g}, which is not positive")
-    logs = mean(np.log(ratios), float(np.log(bound)), rng)
+    logs = mean(np.log(ratios), float(np.log(bound)), rng, flips=flips)
     assert logs.estimate is not None
 
     def interval(level: float) -> Interval:
         on_logs = logs.interval(level)
-        assert on_logs.low is not None
-        assert on_logs.high is not None
-        low, high = float(np.exp(on_logs.low)), float(np.exp(on_logs.high))
-        return Interval(low, high, level, f"{on_logs.method} on logarithms")
+        ends = (None if end is None else float(np.exp(end)) for end in (on_logs.low, on_logs.high))
+        return Interval(*ends, level=level, method=f"{on_logs.method} on logarithms")
 
     return Inference(
         float(np.exp(logs.estimate)), logs.n, interval,
         lambda b: logs.above(float(np.log(b))), lambda b: logs.below(float(np.log(b))),
-        logs.effect, logs.sd, logs.beside,
+        logs.standardised, logs.sd, logs.noted, logs.untestable,
     )  # fmt: skip
 
 
-def difference(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> Inference:
-    """Difference of the means of two unpaired arms by Welch's t."""
+def difference(
+    left: np.ndarray, right: np.ndarray, rng: np.random.Generator, *, relabel: bool = False
+) -> Inference:
+    """Difference of the means of two unpaired arms by Welch's t, or by relabelling.
+
+    Error rate at a nominal 5 %, 6 against 9 normal units with twice the spread, 4,000 data sets:
+    5.0 % by Welch's t.
+
+    Args:
+        left: One a unit.
+        right: Of the other arm.
+        rng: Where randomness comes from.
+        relabel: Test by permuting the units' labels instead.
+    """
     spread = np.concatenate([left - left.mean(), right - right.mean()])
     if min(len(left), len(right)) == 1:
         spread = spread[:1]
     if alone := _untestable(left.mean() - right.mean(), spread):
         return alone
+    estimate, n = float(left.mean() - right.mean()), min(len(left), len(right))
+    sd = float(np.sqrt((spread**2).sum() / (len(spread) - 2)))
+    if relabel:
+        test = st.permuted_labels(left, right, rng)
+        return Inference(
+            estimate, n, test.interval, test.above, test.below,
+            lambda: st.hedges_g(left, right), sd,
+            lambda: {"Welch interval": _interval(st.welch_interval(left, right))},
+        )  # fmt: skip
     return Inference(
-        float(left.mean() - right.mean()), min(len(left), len(right)),
+        estimate, n,
         lambda level: st.welch_interval(left, right, level=level),
         lambda b: st.welch_above(left, right, b), lambda b: st.welch_above(right, left, -b),
-        st.hedges_g(left, right),
-        beside={"permutation p of 0 (two-sided)": f"{st.permutation(left, right, rng):.3g}"},
+        lambda: st.hedges_g(left, right), sd,
+        lambda: {"permutation p of 0 (two-sided)": f"{st.permutation(left, right, rng):.3g}"},
     )  # fmt: skip
 
 
@@ -125,7 +243,7 @@ def standardised_difference(left: np.ndarray, right: np.ndarray) -> Inference:
         lambda level: st.hedges_g(left, right, level=level).interval,
         lambda b: st.noncentral_above(t, df, b * per_g),
         lambda b: 1 - st.noncentral_above(t, df, b * per_g),
-        found, beside={"Cohen's d": number(found.d)},
+        lambda: found, noted=lambda: {"Cohen's d": number(found.d)},
     )  # fmt: skip
 
 
@@ -150,7 +268,9 @@ def median_time(times: np.ndarray, censored: np.ndarray) -> Inference:
         curve.median, len(times),
         lambda level: st.median_interval(times, censored, level=level),
         lambda b: st.median_above(times, b), lambda b: st.median_below(times, censored, b),
-        beside={f"{greenwood.method} interval": f"95 %, of the median: {bracket(greenwood)}"},
+        noted=lambda: {
+            f"{greenwood.method} interval": f"95 %, of the median: {bracket(greenwood)}"
+        },
     )  # fmt: skip
 
 
@@ -170,7 +290,7 @@ def log_hazard_ratio(
         estimate, min(len(left[0]), len(right[0])), interval,
         lambda b: float(stats.norm.sf((estimate - b) / error)),
         lambda b: float(stats.norm.cdf((estimate - b) / error)),
-        beside={
+        noted=lambda: {
             "log-rank": f"z {z:.2f}, two-sided p {p:.3g}",
             "medians": f"{medians[0]} and {medians[1]}; - where it was not reached",
         },
@@ -191,7 +311,8 @@ def kappa(
         "log margin": (alignment_gained - scale_lost).mean(),
     }
     beside = {f"mean change of {name}": number(float(value)) for name, value in changes.items()}
-    return replace(ratio_of_sums(scale_lost, alignment_gained, rng), beside=beside)
+    ratio = ratio_of_sums(scale_lost, alignment_gained, rng)
+    return replace(ratio, noted=lambda: beside | ratio.beside)
 
 
 def ratio_of_sums(
@@ -207,24 +328,26 @@ def ratio_of_sums(
     if alone := _untestable(estimate, numerators - estimate * denominators):
         return alone
     st.fieller(numerators, denominators)
+
+    def statistic(num: np.ndarray, den: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.asarray(num.sum(axis=axis) / den.sum(axis=axis))
+
     if n < RATIO_BOOTSTRAP_FROM:
+        own = rng.spawn(1)[0]
         return Inference(
             estimate, n,
             lambda level: st.fieller(numerators, denominators, level=level),
             lambda b: st.ratio_above(numerators, denominators, b),
             lambda b: st.ratio_above(-numerators, denominators, -b),
             sd=_spread(numerators, denominators, estimate),
+            noted=lambda: _bca_beside((numerators, denominators), statistic, own),
         )  # fmt: skip
-
-    def statistic(num: np.ndarray, den: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.asarray(num.sum(axis=axis) / den.sum(axis=axis))
-
     boot = st.Bootstrap((numerators, denominators), statistic, rng)
     fieller = st.fieller(numerators, denominators)
     return Inference(
         estimate, n, boot.interval, boot.p_above, lambda b: 1 - boot.p_above(b),
         sd=_spread(numerators, denominators, estimate),
-        beside={"Fieller interval": f"{fieller.level:.0%} {bracket(fieller)}"},
+        noted=lambda: {"Fieller interval": _interval(fieller)},
     )  # fmt: skip
 
 
@@ -277,7 +400,7 @@ def geometric_ratio(
         float(np.exp(boot.estimate)), len(numerators),
         lambda level: exponential(boot.interval(level)),
         lambda b: boot.p_above(float(np.log(b))), below,
-        beside={"layers": str(numerators.shape[1])},
+        noted=lambda: {"layers": str(numerators.shape[1])},
     )  # fmt: skip
 
 

@@ -48,9 +48,12 @@ def adjusted(
     for family in {claim.family for claim in claims}:
         below = members(claims, family)
         together = {top: combine([q[a.id] for a in atoms]) for top, atoms in below.items()}
+        whole = dict(zip(together, st.holm(list(together.values())), strict=True))
         for top, atoms in below.items():
             others = [value for other, value in together.items() if other != top]
-            levels |= {atom.id: st.holm([q[atom.id], *others])[0] for atom in atoms}
+            for atom in atoms:
+                alone = q[atom.id] == together[top]  # then it is in its place already
+                levels[atom.id] = whole[top] if alone else st.holm([q[atom.id], *others])[0]
     return levels
 
 
@@ -62,9 +65,17 @@ def units_of(claim: Claim) -> str:
 def seeds_needed(claim: Claim, family_size: int) -> int:
     """Least units with which an atom's test can support it at its level in its family.
 
-    A share needs bound ** n, a median 1/2 ** n small enough; t tests need only `min_seeds`.
+    A share needs bound ** n, a median and flipped signs 1/2 ** n, a permutation 1 / C(2 n, n) small
+    enough; t tests need only `min_seeds`.
     """
     assert claim.estimand is not None
+    relabelled: dict[str, st.Design] = {"sign_flip": "sign_flip", "permutation": "unpaired"}
+    if claim.test in relabelled:
+        least = st.minimum_seeds(
+            relabelled[claim.test], alpha=claim.alpha, family_size=family_size,
+            sides=1 if claim.direction == "inside" else 2,
+        )  # fmt: skip
+        return max(claim.min_seeds, least)
     match claim.estimand.of, claim.bound:
         case (("proportion" | "unanimous"), float(bound)):
             share = bound if claim.direction == "greater" else 1 - bound

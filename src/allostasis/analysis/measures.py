@@ -64,7 +64,8 @@ def measure(
         every = "; ".join(f"{name} {number(part.estimate)}" for name, part in parts.items())
         beside = {"weakest": f"{weakest}, which decides", "at each": every}
         alone = next((part.untestable for part in parts.values() if part.untestable), "")
-        inference = replace(inference, beside=beside | inference.beside, untestable=alone)
+        noted = inference.noted
+        inference = replace(inference, noted=lambda: beside | noted(), untestable=alone)
     return Measurement(
         treatments[weakest],
         inference,
@@ -126,12 +127,13 @@ def infer(claim: Claim, treatment: Sample, control: Sample | None = None) -> Inf
     found = _infer(claim, treatment, control)
     if treatment.unit == "seed" or found.untestable:
         return found
-    return replace(found, beside=found.beside | _over_templates(claim, treatment))
+    return replace(found, noted=lambda: found.beside | _over_templates(claim, treatment))
 
 
 def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference:
     assert claim.estimand is not None
     values, below, rng = treatment.values, treatment.denominators, generator(claim.id)
+    flips = claim.test == "sign_flip"
     if not len(values):
         reasons = "; ".join(f"seed {s}: {r}" for s, r in treatment.undefined.items())
         raise UndefinedError(reasons or "no finished run")
@@ -147,6 +149,9 @@ def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference
             )
         case "kappa":
             assert below is not None
+            if control is not None:  # levels of two arms: their changes from control to treatment
+                assert control.denominators is not None
+                values, below = control.values - values, below - control.denominators
             return estimands.kappa(values, below, rng)
         case "ratio_of_sums":
             assert below is not None
@@ -156,13 +161,14 @@ def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference
             return estimands.log_ratio_of_sums(values, below, rng)
         case "log_ratio":
             others = control.values if control is not None else np.ones_like(values)
-            return estimands.log_ratio(values / others, middle(claim), rng)
+            return estimands.log_ratio(values / others, middle(claim), rng, flips=flips)
         case "paired_difference":
             assert control is not None
-            return estimands.mean(values - control.values, middle(claim), rng)
+            return estimands.mean(values - control.values, middle(claim), rng, flips=flips)
         case "difference":
             assert control is not None
-            return estimands.difference(values, control.values, rng)
+            relabel = claim.test == "permutation"
+            return estimands.difference(values, control.values, rng, relabel=relabel)
         case "geometric_ratio":
             assert below is not None
             return estimands.geometric_ratio(values, below, rng)
@@ -170,7 +176,7 @@ def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference
             assert control is not None
             return estimands.standardised_difference(values, control.values)
         case "mean":
-            return estimands.mean(values, middle(claim), rng)
+            return estimands.mean(values, middle(claim), rng, counts=treatment.counts, flips=flips)
 
 
 def _over_templates(claim: Claim, sample: Sample) -> dict[str, str]:

@@ -29,17 +29,32 @@ from allostasis.analysis.intervals import (
     t_interval,
     welch_interval,
 )
-from allostasis.analysis.power import attainable_p, minimum_seeds, power, seeds_for_power
-from allostasis.analysis.resampling import Bootstrap, RatioBootstrap, nested_interval
+from allostasis.analysis.power import (
+    Design,
+    attainable_p,
+    exact_power,
+    minimum_seeds,
+    power,
+    seeds_for_power,
+)
+from allostasis.analysis.relabelling import flipped_signs, max_t, permuted_labels
+from allostasis.analysis.resampling import (
+    Bootstrap,
+    RatioBootstrap,
+    iqm,
+    iqm_interval,
+    nested_interval,
+)
 from allostasis.analysis.surrogates import circular_shift_p, phase_randomised_p, rank_correlation
 from allostasis.analysis.survival import KaplanMeier, kaplan_meier, log_hazard_ratio, log_rank
 
 __all__ = [
-    "Bootstrap", "Effect", "Interval", "KaplanMeier", "RatioBootstrap", "attainable_p",
-    "binomial_above", "circular_shift_p", "clopper_pearson", "fieller", "hedges_g", "holm",
-    "kaplan_meier", "log_hazard_ratio", "log_rank", "median_above", "median_below",
+    "Bootstrap", "Design", "Effect", "Interval", "KaplanMeier", "RatioBootstrap", "attainable_p",
+    "binomial_above", "circular_shift_p", "clopper_pearson", "exact_power", "fieller",
+    "flipped_signs", "hedges_g", "holm", "iqm", "iqm_interval",
+    "kaplan_meier", "log_hazard_ratio", "log_rank", "max_t", "median_above", "median_below",
     "median_interval", "minimum_seeds",
-    "nested_interval", "noncentral_above", "one_sample_effect", "permutation",
+    "nested_interval", "noncentral_above", "one_sample_effect", "permutation", "permuted_labels",
     "phase_randomised_p", "power", "rank_correlation", "ratio_above", "seeds_for_power",
     "sign_flip", "t_above", "t_interval", "unbiasing", "welch_above", "welch_interval",
 ]  # fmt: skip

@@ -227,6 +227,17 @@ def scale_for_alignment(run: RunView, start: str, end: str) -> tuple[float, floa
     return -change(scale, run, start, end), change(alignment, run, start, end)
 
 
+def scale_and_alignment(run: RunView) -> tuple[float, float]:
+    """Mean log logit scale and mean log alignment at the end, on held-out data.
+
+    Over the examples that the run itself answers with a positive margin. Against a control, kappa
+    is the loss of the one over the gain of the other, from control to treatment.
+    """
+    scale = run.curve("log_margin.scale", split="test")
+    alignment = run.curve("log_margin.alignment", split="test")
+    return end(scale), end(alignment)
+
+
 def crosses_first(run: RunView, start: str, end: str) -> float:
     """1 where alignment is half-way between its values at two events before the logit scale is.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 from allostasis.analysis import clusters
 from allostasis.analysis import statistics as st
@@ -19,18 +20,19 @@ from allostasis.analysis.aggregate import (
     shown,
     summarise,
 )
-from allostasis.analysis.claims import Claim, freeze
+from allostasis.analysis.claims import Claim, by_construction, freeze
 from allostasis.analysis.curves import UndefinedError
-from allostasis.analysis.estimands import Inference, generator
+from allostasis.analysis.estimands import Inference
 from allostasis.analysis.families import adjusted, family_sizes, seeds_needed, units_of
 from allostasis.analysis.intervals import Interval
 from allostasis.analysis.measures import measure
 from allostasis.analysis.text import leveled
 
-Word = Literal["supported", "refuted", "equivalent", "undecided"]
+Word = Literal["supported", "refuted", "equivalent", "undecided", "supported (vacuous)"]
 CHANGED = "CHANGED AFTER RUN"
 UNLIKE = "not run at the registered settings"
 POSITIVE = ("supported", "equivalent")
+VACUOUS = "supported (vacuous)"
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,31 @@ def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
         check_distinct(left, right)
     hashes = freeze(list(claims))["hashes"]
     measured = {c.id: _measure(c, arms, hashes[c.id]) for c in claims if not c.all_of}
+    return decide(claims, measured, hashes, gate=_gate(arms))
+
+
+def decide(
+    claims: Sequence[Claim],
+    measured: Mapping[str, Result],
+    hashes: Mapping[str, str],
+    *,
+    gate: str = "",
+) -> list[Result]:
+    """From measured atoms to verdicts: families, the rule, preconditions, compounds.
+
+    Args:
+        claims: In file order: atoms and preconditions stand before those that name them.
+        measured: Every atom's estimate and p-values, by id; its verdict is the reason where it has
+            none.
+        hashes: sha256 of each claim, by id.
+        gate: Why nothing may be decided; empty where nothing says it.
+
+    Returns:
+        One result a claim, in order.
+    """
     q_support = adjusted(claims, {k: _q(r, "p_support") for k, r in measured.items()}, max)
     q_refute = adjusted(claims, {k: _q(r, "p_refute") for k, r in measured.items()}, min)
     sizes = family_sizes(claims)
-    gate = _gate(arms)
     results: dict[str, Result] = {}
     for claim in claims:
         if claim.all_of:
@@ -168,11 +191,26 @@ def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
             )
             result = replace(result, verdict=_decide(result))
         result = replace(result, family_size=sizes[claim.family])
+        known = _known(result)
+        if known is not None:
+            results[claim.id] = replace(result, verdict=known)
+            continue
         if result.verdict.word == "undecided" and result.inference is not None:
             result = replace(result, seeds_for_power=_seeds_for_power(result))
         result = _conditional(result, results)
-        results[claim.id] = replace(result, verdict=Verdict("undecided", gate)) if gate else result
-    return [_scoped(result) for result in results.values()]
+        result = replace(result, verdict=Verdict("undecided", gate)) if gate else result
+        results[claim.id] = _scoped(result)
+    return list(results.values())
+
+
+def _known(result: Result) -> Verdict | None:
+    """What is proved of a claim, where its runs have the settings that the proof takes."""
+    known, proved = by_construction(result.claim), result.claim.proved
+    if known is None or proved is None:
+        return None
+    if result.treatment is not None and not result.treatment.arm.has(proved.settings):
+        return None
+    return Verdict(*known)
 
 
 def _gate(arms: Sequence[Arm]) -> str:
@@ -318,8 +356,13 @@ def _conditional(result: Result, earlier: Mapping[str, Result]) -> Result:
 
 
 def conjunction(atoms: Sequence[Result]) -> Verdict:
-    """Supported where all atoms are, refuted where any is, else undecided."""
-    words = {atom.claim.id: atom.verdict.word for atom in atoms}
+    """Supported where all atoms are, refuted where any is, else undecided.
+
+    Vacuous atoms count as nothing; where all are, so is the compound.
+    """
+    words = {a.claim.id: a.verdict.word for a in atoms if a.verdict.word != VACUOUS}
+    if not words:
+        return Verdict(VACUOUS, f"all of {', '.join(atom.claim.id for atom in atoms)}")
     against = [name for name, word in words.items() if word == "refuted"]
     open_ones = [name for name, word in words.items() if word == "undecided"]
     if against:
@@ -352,20 +395,26 @@ def _arms_of(results: Sequence[Result]) -> list[Arm]:
 
 
 def _seeds_for_power(result: Result) -> int | None:
-    """Units for 0.8 power at the registered effect and the observed spread.
+    """Units for 0.8 power at the registered effect and the observed spread, in the whole family.
 
     The registered effect is `negligible` beyond the bound, or the middle of the bounds; without
-    either there is none. Shares and medians have no spread to plan with.
+    either there is none. Shares and medians have no spread to plan with. The level is that of
+    Holm's first step, at which a claim is decided whatever its family does.
     """
     claim, inference = result.claim, result.inference
-    if inference is None or inference.sd is None:
+    if inference is None or not inference.sd or claim.estimand is None or claim.bound is None:
         return None
-    if claim.estimand is None or claim.estimand.of == "log_ratio":
+    scale = math.log if claim.estimand.of == "log_ratio" else float
+    planned: dict[str, Any] = {
+        "sd": inference.sd,
+        "alpha": claim.alpha / result.family_size,
+        "arms": 2 if claim.estimand.of == "difference" else 1,
+    }
+    if isinstance(claim.bound, tuple):
+        low, high = map(scale, claim.bound)
+        inside = claim.direction == "inside"
+        return st.seeds_for_power(0.0, half_width=(high - low) / 2, **planned) if inside else None
+    if claim.negligible is None:
         return None
-    rng = generator(claim.id)
-    if isinstance(claim.bound, tuple) and claim.direction == "inside":
-        half = (claim.bound[1] - claim.bound[0]) / 2
-        return st.seeds_for_power(0.0, rng, sd=inference.sd, alpha=claim.alpha, half_width=half)
-    if claim.negligible is not None:
-        return st.seeds_for_power(claim.negligible, rng, sd=inference.sd, alpha=claim.alpha)
-    return None
+    beyond = claim.bound + claim.negligible * (1 if claim.direction == "greater" else -1)
+    return st.seeds_for_power(abs(scale(beyond) - scale(claim.bound)), **planned)

@@ -35,6 +35,8 @@ TESTS = {
     "tost": "two one-sided t tests (TOST)",
     "binomial": "exact binomial tests",
     "bootstrap": "the BCa bootstrap of the logarithm, inverted",
+    "sign_flip": "exact tests by flipping signs",
+    "permutation": "exact tests by permuting labels",
     "log_rank": "normal tests of Peto's estimate, which at 0 are the log-rank test",
 }
 FIELLER = "the tests that Fieller inverts"
@@ -255,6 +257,20 @@ def _confounds(claim: Claim, arms: Sequence[Arm]) -> list[str]:
         else:
             words.append(f"{plain}: not excluded (arm '{arm}' was not run)")
     return words
+
+
+def doubts(result: Result, arms: Sequence[Arm]) -> list[str]:
+    """What could still be wrong with a verdict: what is not excluded, in a few words each."""
+    if result.claim.all_of:
+        parts = [word for atom in result.atoms for word in doubts(atom, arms)]
+        return list(dict.fromkeys(parts))
+    found = [word for word in _confounds(result.claim, arms) if "not excluded" in word]
+    found = [word.removesuffix(": not excluded") for word in found]
+    found += [text for _, text in _parametrisation(result)]
+    left_out = {} if result.treatment is None else result.treatment.undefined
+    if left_out:
+        found.append(f"{len(left_out)} seeds have no value")
+    return found
 
 
 def _parametrisation(result: Result) -> list[tuple[str, str]]:
