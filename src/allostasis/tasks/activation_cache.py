@@ -76,8 +76,8 @@ class Plan:
 class ActivationCache:
     """A finished cache, opened for reading.
 
-    Layout: `manifest.json`, `ids-00000.bin` (int32 `COLUMNS`, row-major), `done/00000.json`, and for
-    each hook `hook=<name>/shard-00000.bin` (row-major numbers; bfloat16 as its 16 bits).
+    Layout: `manifest.json`, `ids-00000.bin` (int32 `COLUMNS`, row-major), `done/00000.json`, and
+    for each hook `hook=<name>/shard-00000.bin` (row-major numbers; bfloat16 as its 16 bits).
 
     Args:
         folder: Where it lies.

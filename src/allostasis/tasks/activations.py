@@ -29,9 +29,11 @@ from allostasis.tasks.activation_cache import (
     as_floats,
     build,
 )
+from allostasis.tasks.concepts import Chosen, ConceptTable
 from allostasis.tasks.corpora import GLOSSES, SPLITS, Split, corpus_sha256, documents
 from allostasis.tasks.harvest import UNEMBED_INPUT
 from allostasis.tasks.interleaved_patterns import Steps
+from allostasis.tasks.labels import Labels, concept_labels
 from allostasis.tasks.shuffled import ShuffleBuffer
 
 MEAN_ROWS = 65_536  # of `train`, whose mean an autoencoder's bias may start from
@@ -206,6 +208,16 @@ class ActivationDataModule(L.LightningDataModule):
     def mean(self) -> Float[Tensor, " d"]:
         """Mean of the first 65,536 rows of `train`."""
         return self.split("train", MEAN_ROWS).x.double().mean(dim=0).float()
+
+    def labels(
+        self, batch: ActivationBatch, split: Split, table: ConceptTable, chosen: Sequence[Chosen]
+    ) -> Labels:
+        """Which of a teacher's concepts each row is of.
+
+        What is put into the unembedding speaks of the next token; elsewhere a row is of its own.
+        """
+        column = "next_token" if self.hook == UNEMBED_INPUT else "token"
+        return concept_labels(batch.ids[:, COLUMNS.index(column)], split, table, chosen)
 
     # ------------------------------------------------------------------ Lightning and records
 
