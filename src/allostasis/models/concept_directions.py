@@ -373,21 +373,27 @@ def simplex(
     )
 
 
-def derangement(items: Sequence[int], rng: np.random.Generator, *, apart: Mapping[int, int]) -> dict[int, int]:
-    """Another item for each, never one of its own group, drawn by the generator.
+def derangement(
+    children: Sequence[int],
+    parents: Sequence[int],
+    roots: Mapping[int, int],
+    rng: np.random.Generator,
+) -> dict[int, int]:
+    """For each child a parent that lies below another root.
 
     Args:
-        items: What is paired.
+        children: Concepts.
+        parents: From which parents are drawn.
+        roots: The topmost concept above each.
         rng: Draws.
-        apart: Group of each item.
 
     Raises:
-        ValueError: There is one group alone.
+        ValueError: All parents lie below one root.
     """
     found: dict[int, int] = {}
-    for item in items:
-        others = [other for other in items if apart[other] != apart[item]]
+    for child in children:
+        others = [parent for parent in parents if roots[parent] != roots[child]]
         if not others:
             raise ValueError("all concepts lie below one root: there is no parent of another")
-        found[item] = others[int(rng.integers(len(others)))]
+        found[child] = others[int(rng.integers(len(others)))]
     return found
