@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from annotated_types import Ge, Gt
@@ -145,6 +145,11 @@ class HierarchicalSAE(nn.Module):
         return self.m * (1 + self.c)
 
     @property
+    def hook_dict(self) -> dict[str, Any]:
+        """Hook points: none, for what it computes is asked of it directly."""
+        return {}
+
+    @property
     def weights(self) -> Weights:
         """The tensors that kernels read."""
         return Weights(*(getattr(self, name) for name in Weights._fields))
@@ -173,6 +178,10 @@ class HierarchicalSAE(nn.Module):
             k_child=self.k_child,
             kernel=self._kernel(),
         )
+        return self.codes(found)
+
+    def codes(self, found: Selected) -> Codes:
+        """What was selected, with the dictionary's shape."""
         return Codes(found.parent, found.z, found.child, found.v, self.m, self.c)
 
     def _decoded(self, codes: Codes) -> tuple[Tensor, Tensor]:

@@ -100,9 +100,9 @@ class FlatSAE(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     @property
-    def m(self) -> int:
-        """Latents that stand above others: all of them, for none has a parent."""
-        return self.d_sae
+    def hook_dict(self) -> dict[str, Any]:
+        """Hook points: none, for what it computes is asked of it directly."""
+        return {}
 
     @torch.no_grad()
     def start_at(self, mean: Float[Tensor, " d"], scale: float) -> None:
