@@ -144,9 +144,9 @@ class Snapshot:
     members: Bool[Tensor, "row concept"] | None = None
     known: Bool[Tensor, "row concept"] | None = None
     matches: Matches | None = None
-    decoder: Float[Tensor, "latent d"] | None = None
-    other_decoders: tuple[Float[Tensor, "_ d"], ...] = ()
-    truth: Float[Tensor, "concept d"] | None = None
+    decoder: Float[Tensor, "latent width"] | None = None
+    other_decoders: tuple[Float[Tensor, "_ width"], ...] = ()
+    truth: Float[Tensor, "concept width"] | None = None
     truth_parent: tuple[int, ...] = ()
     token_losses: Mapping[str, Float[Tensor, " token"]] = field(default_factory=dict)
     targets: Bool[Tensor, " vocab"] | None = None

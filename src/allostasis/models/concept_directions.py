@@ -183,9 +183,7 @@ class Lemmas:
         """Squared length of the mean, from pairs of unlike lemmas: unbiased, 0 under noise."""
         return float(self.resampled_squares(torch.ones(1, len(self.keys), dtype=torch.float64))[0])
 
-    def resampled_squares(
-        self, weights: Float[Tensor, "draw lemma"]
-    ) -> Float[Tensor, " draw"]:
+    def resampled_squares(self, weights: Float[Tensor, "draw lemma"]) -> Float[Tensor, " draw"]:
         """`square` with so many copies of each lemma; a lemma is never paired with its copy."""
         own = self.sums.square().sum(dim=1)
         total = (weights @ self.sums).square().sum(dim=1) - weights.square() @ own

@@ -222,4 +222,3 @@ def export(sae: HierarchicalSAE, **metadata: Any) -> HSAE:
     )
     flat.load_state_dict(weights)
     return flat
-

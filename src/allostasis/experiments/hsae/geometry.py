@@ -73,7 +73,9 @@ class Geometry:
     @cached_property
     def vectors(self) -> dict[int, Tensor]:
         """Each concept's vector, from its training tokens."""
-        return {synset: self._vector(self.table.ids(synset, "train")) for synset in self.table.names}
+        return {
+            synset: self._vector(self.table.ids(synset, "train")) for synset in self.table.names
+        }
 
     def _vector(self, ids: np.ndarray) -> Tensor:
         return directions.vector(self.placed.at(ids), self.estimator)
@@ -99,7 +101,9 @@ class Geometry:
         return self._along({edge: self._parts(*edge) for edge in self._pairs()})
 
     def _pairs(self) -> list[tuple[int, int]]:
-        return [(int(p), int(c)) for p, c in zip(self.edges["parent"], self.edges["child"], strict=True)]
+        return [
+            (int(p), int(c)) for p, c in zip(self.edges["parent"], self.edges["child"], strict=True)
+        ]
 
     def _parts(self, parent: int, child: int) -> tuple[Tensor, Tensor]:
         return self.vectors[child] - self.vectors[parent], self.vectors[parent]
@@ -179,7 +183,12 @@ class Geometry:
             found = directions.disjoint(
                 below, above, self.rng, n_partitions=self.precision.n_partitions
             )
-            row: dict[str, Any] = {**vars(found), "pp_low": bounds[parent], "defined": True, "why": ""}
+            row: dict[str, Any] = {
+                **vars(found),
+                "pp_low": bounds[parent],
+                "defined": True,
+                "why": "",
+            }
             if bounds[parent] <= 0:
                 row |= {"defined": False, "why": "the parent is not above noise"}
             elif found.dd <= 0 or found.pp <= 0:
@@ -223,7 +232,11 @@ class Geometry:
             for c0, c1 in combinations(children, 2):
                 difference = self.vectors[c1] - self.vectors[c0]
                 at = {"parent": parent, "child": c0, "other": c1}
-                rows.append({**at, "relation": "b", "cosine": float(directions.cosine(difference, own))})
+                rows.append({
+                    **at,
+                    "relation": "b",
+                    "cosine": float(directions.cosine(difference, own)),
+                })
                 if sisters:
                     step = own - self.vectors[sisters[0]]
                     cosine = float(directions.cosine(difference, step))

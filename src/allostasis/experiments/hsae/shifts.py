@@ -104,7 +104,9 @@ class Shifts:
         self.weights = model.decoder.W_U.detach()[:, torch.from_numpy(kept)].float().cpu()
         logits = resid @ self.weights
         bias = model.decoder.unembed_bias
-        self.logits = logits if bias is None else logits + bias[torch.from_numpy(kept)].float().cpu()
+        self.logits = (
+            logits if bias is None else logits + bias[torch.from_numpy(kept)].float().cpu()
+        )
         self.reach = LARGEST * float(resid.norm(dim=1).median())
 
     def direction(self, white: Float[Tensor, " width"]) -> Float[Tensor, " d_model"]:
@@ -122,7 +124,10 @@ class Shifts:
 
     def gain(self, effect: Tensor, alpha: float, targets: Tensor) -> float:
         """Mean gain of the targets' log probability in nats, over contexts."""
-        before, after = self.logits.logsumexp(dim=1), (self.logits + alpha * effect).logsumexp(dim=1)
+        before, after = (
+            self.logits.logsumexp(dim=1),
+            (self.logits + alpha * effect).logsumexp(dim=1),
+        )
         return float(alpha * effect[targets].mean() - (after - before).mean())
 
     def dose(self, effect: Tensor, wanted: float, targets: Tensor, limit: float) -> float | None:
@@ -197,4 +202,3 @@ def proof_direction(metric: CausalMetric) -> Float[Tensor, " d_model"]:
     white = torch.zeros(len(metric.mean), dtype=torch.float64)
     white[0] = 1
     return metric.to_resid(metric.from_white(white)).values.float()
-

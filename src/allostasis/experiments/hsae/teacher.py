@@ -133,7 +133,9 @@ class HSAETeacher(L.LightningModule):
             placed = self._placed(table, background, None if name == "own" else name)
             pairs = self._parents(table) if self.control == "random_parent" else None
             geometry = self._geometry(placed, name, pairs)
-            measured[name] = teacher_tables.measure(geometry, is_null=name == "gaussian", share=SHARE)
+            measured[name] = teacher_tables.measure(
+                geometry, is_null=name == "gaussian", share=SHARE
+            )
             if name == "own":
                 deranged = self._geometry(placed, "random", self._parents(table))
                 measured["random_parent"] = teacher_tables.measure_pairs(deranged)

@@ -147,7 +147,9 @@ class Collected:
     def _read(self, name: str, cloud: Measured) -> None:
         edges = cloud.edges
         clusters = pd.Series({child: self.roots[int(child)] for child in edges.index})
-        self._add("angle.median", float(edges["angle"].median()), len(edges), control=name, unit="deg")
+        self._add(
+            "angle.median", float(edges["angle"].median()), len(edges), control=name, unit="deg"
+        )
         off = (edges["angle"] - 90).abs()
         self._add("angle.off_median", float(off.median()), len(edges), control=name, unit="deg")
         self._mean("cosine.mean", edges["cosine"], clusters, control=name)
@@ -187,9 +189,13 @@ class Collected:
         for name in self.measured:
             if name == OWN or "lco" not in self.measured[name].edges:
                 continue
-            both = self.measured[OWN].edges[["lco"]].join(
-                self.measured[name].edges["lco"], rsuffix="_other"
-            ).dropna()
+            both = (
+                self
+                .measured[OWN]
+                .edges[["lco"]]
+                .join(self.measured[name].edges["lco"], rsuffix="_other")
+                .dropna()
+            )
             if len(both):
                 gap = 1 - both["lco"].sum() / both["lco_other"].sum()
                 self._add("lco.gap", float(gap), len(both), control=name)
@@ -292,7 +298,10 @@ class Collected:
         names = [f"{by} {asked:g}" for by, asked in zip(there["by"], there["asked"], strict=True)]
         clusters = [f"{table.names[root]}.{root}" for root in there["subtree"]]
         self._doses = there.drop(columns=["by", "asked", "subtree"]).assign(
-            intervention=names, split="all", cluster=clusters, reached=there["reached"].astype(float)
+            intervention=names,
+            split="all",
+            cluster=clusters,
+            reached=there["reached"].astype(float),
         )
         for name, rows in self._doses.groupby("intervention"):
             for column in ("shift", "shift_siblings", "shift_random", "kl", "kl_random", "reached"):
@@ -300,7 +309,9 @@ class Collected:
                 if len(values):
                     unit = {"kl": "nat", "kl_random": "nat", "reached": "1"}.get(column, "logit")
                     metric = f"dose.{column}"
-                    self._add(metric, float(values.median()), len(values), control=str(name), unit=unit)
+                    self._add(
+                        metric, float(values.median()), len(values), control=str(name), unit=unit
+                    )
 
     # ------------------------------------------------------------------ in scalars
 
@@ -329,5 +340,3 @@ class Collected:
             "gate": "passed" if not against else "failed: " + "; ".join(against),
             "checks": {"calibrated": self._facts["calibrated"]},
         }  # fmt: skip
-
-
