@@ -1,7 +1,7 @@
 """The report over several experiments as a reader meets it: a page in a headless browser.
 
 Needs Playwright and a Chromium of the machine's; `make .venv/browser` provides both where it can.
-With REQUIRE_BROWSER set, as in CI, a machine without them fails.
+With REQUIRE_BROWSER set, a machine without them fails.
 """
 
 from __future__ import annotations
