@@ -57,8 +57,8 @@ class Features:
 
     A latent f is set to 0, to its mean over training rows, or doubled, and the rest of the row is
     left as it is, what the autoencoder does not explain included:
-    resid' = resid + (code'_f - code_f) d_f. A hierarchical parent takes its children with it when it
-    is set to 0; `parent_only` leaves them.
+    resid' = resid + (code'_f - code_f) d_f. A hierarchical parent that is set to 0 takes its
+    children with it; `parent_only` leaves them.
 
     Args:
         model: A language model.
@@ -107,8 +107,15 @@ class Features:
         alignment, heads = self.alignment(prompts.evaluation, [*chosen.tolist(), *controls])
         explained = self.explained(impact, alignment, heads, n_perm)
         tested = impact[impact["metric"] == "logit_diff"]
+        clean = self.logits(measuring.resid)
+        place = torch.arange(len(clean))
+        said = clean[place, measuring.target] - clean[place, measuring.foil]
         return Found(
             {
+                "examples": pd.DataFrame({
+                    "example": place.numpy(), "split": "evaluation", "cluster": measuring.cluster,
+                    "intervention": "none", "logit_diff": said.double().numpy(),
+                }),
                 "feature_impact": impact,
                 "feature_head_alignment": alignment.merge(heads, on=["layer", "head"]),
                 "metrics": pd.DataFrame([*explained, *_readings(impact)]),
@@ -141,7 +148,7 @@ class Features:
         return self.decoder.unembed(moved).float().cpu()
 
     def attribution(self, read: Read) -> Float64[np.ndarray, " latent"]:
-        """Mean over prompts of gradient times code, of the logit difference: exact, as it is linear."""
+        """Mean over prompts of gradient times code, for the logit difference, which is linear."""
         weights = self.decoder.W_U.detach().float().cpu()
         gradient = (weights[:, read.target] - weights[:, read.foil]).T
         codes = codes_of(self.sae, read.resid)

@@ -37,6 +37,7 @@ from allostasis.tasks.harvest import UNEMBED_INPUT
 from allostasis.tasks.ioi import IOI
 
 TRAIN, TEACHER = "hsae_train", "hsae_teacher"
+CLAIMED = 1.0  # nats of gain at which a claim compares leakage
 
 
 class HSAESteer(L.LightningModule):
@@ -146,8 +147,8 @@ class HSAESteer(L.LightningModule):
         usable = np.flatnonzero(np.isin(answers.numpy(), kept))
         if len(usable) < self.n_contexts:
             raise ValueError(
-                f"module.n_contexts={self.n_contexts}: the split test has {len(usable)} rows with a "
-                "next token; harvest more with task.n_tokens"
+                f"module.n_contexts={self.n_contexts}: the split test has {len(usable)} rows with "
+                "a next token; harvest more with task.n_tokens"
             )
         places = usable[np.linspace(0, len(usable) - 1, self.n_contexts).astype(int)]
         self.there = shifts.Shifts(self.model, self.teacher.metric, rows.x[places], kept)
@@ -175,7 +176,12 @@ class HSAESteer(L.LightningModule):
             "reached": float(table["reached"].mean()),
             "matched": float((sources.matches.latent >= 0).mean()),
         }
-        return {"steering": table, "matches": matches, "metrics": readings(table)}
+        return {
+            "steering": table,
+            "matches": matches,
+            "metrics": readings(table),
+            "examples": examples(table),
+        }
 
     def _concept(self, concept: Concept, sources: Sequence[Source]) -> list[dict[str, Any]]:
         targets = self.there.at(concept.targets)
@@ -206,7 +212,7 @@ class HSAESteer(L.LightningModule):
         return self.there.effect(source.direction.float())
 
     def _dose(self, effect: Tensor, asked: float, targets: Tensor) -> float | None:
-        """The least dose of that gain; it rises to one peak, beyond which other tokens take over."""
+        """The least dose of that gain, which rises to one peak before other tokens take over."""
         top = self.there.reach
         if self.there.gain(effect, top, targets) < asked:
             top = self._peak(effect, targets)
@@ -321,7 +327,8 @@ class HSAESteer(L.LightningModule):
 def readings(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of metrics.parquet: means over concepts, for each source, level and dose."""
     names = {
-        "leakage": ("steering_leakage", "nat"), "leakage_logit": ("steering_leakage.logit_share", "1"),
+        "leakage": ("steering_leakage", "nat"),
+        "leakage_logit": ("steering_leakage.logit_share", "1"),
         "gain": ("steering_leakage.gain", "nat"), "success": ("steering_success", "1"),
         "log_perplexity_change": ("steering_log_perplexity", "nat"),
         "hedges_g": ("steering_hedges_g", "1"), "alpha": ("steering_dose", "resid"),
@@ -341,4 +348,20 @@ def readings(table: pd.DataFrame) -> pd.DataFrame:
                     **where, "metric": metric, "unit": unit, "value": value, "n": len(there),
                     "scale": asked,
                 })  # fmt: skip
+    at_one = table[(table["asked"] == CLAIMED) & table["reached"]]
+    for (source, level), rows in at_one.groupby(["source", "level"], sort=True):
+        found.append({
+            "symbol": "other", "split": "test", "metric": f"steering_leakage.{source}_{level}",
+            "unit": "nat", "value": float(rows["leakage"].mean()), "n": len(rows),
+        })  # fmt: skip
     return pd.DataFrame(found)
+
+
+def examples(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of examples.parquet: one a concept and direction, concepts being what is independent."""
+    number = pd.factorize(table["synset"])[0]
+    key = table["source"] + ":" + table["level"] + ":" + table["asked"].map("{:g}".format)
+    columns = table[["source", "draw", "reached", "gain", "leakage", "leakage_logit", "success"]]
+    return columns.assign(
+        example=number, split="test", cluster=table["synset"].astype(str), intervention=key,
+    )  # fmt: skip
