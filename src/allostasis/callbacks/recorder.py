@@ -398,6 +398,12 @@ def _provides(snapshot: Snapshot) -> set[str]:
         "grid_logits": snapshot.grid_logits is not None,
         "train_pairs": snapshot.train_pairs is not None,
         "key_frequencies": snapshot.key_frequencies is not None,
+        "coding": snapshot.coding is not None,
+        "members": snapshot.members is not None,
+        "matches": snapshot.matches is not None,
+        "decoder": snapshot.decoder is not None,
+        "truth": snapshot.truth is not None,
+        "token_losses": bool(snapshot.token_losses),
     }
     return {name for name, is_there in fields.items() if is_there}
 

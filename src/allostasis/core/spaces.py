@@ -298,21 +298,25 @@ def causal_metric(
     return CausalMetric((1 - rho) * sigma + rho * usual, mean, rho)
 
 
-def ledoit_wolf(centred: Float[Tensor, "row width"]) -> float:
+def ledoit_wolf(
+    centred: Float[Tensor, "row width"], gram: Float[Tensor, "n n"] | None = None
+) -> float:
     """Ledoit and Wolf's shrinkage of a covariance towards its mean variance, in [0, 1].
 
     Args:
         centred: Rows less their mean.
+        gram: Their products, with rows or with columns, where they are known.
 
     Source:
         Ledoit & Wolf (2004), A well-conditioned estimator for large-dimensional covariance
         matrices, J. Multivar. Anal. 88.
     """
     n, width = centred.shape
-    squares = centred.square()
-    mean_variance = squares.sum() / (n * width)
-    gram = centred.T @ centred if n >= width else centred @ centred.T
+    if gram is None:
+        gram = centred.T @ centred if n >= width else centred @ centred.T
+    lengths = centred.square().sum(dim=1)
+    mean_variance = lengths.sum() / (n * width)
     norm = gram.square().sum() / n**2
-    noise = (squares.sum(dim=1).square().sum() / n - norm) / (width * n)
+    noise = (lengths.square().sum() / n - norm) / (width * n)
     spread = norm / width - mean_variance**2
     return float(torch.clamp(noise / spread, 0, 1)) if spread > 0 else 1.0

@@ -45,21 +45,17 @@ def lda_vector(members: Float[Tensor, "token width"]) -> Float[Tensor, " width"]
     n, width = members.shape
     mean = members.mean(dim=0)
     centred = members - mean
-    rho = ledoit_wolf(centred)
-    usual = centred.square().sum() / (n * width)
-    floor = rho * usual
-    if not floor > 0:  # all members are alike, or there are very many
-        if not usual > 0:
-            return mean
-        direction = torch.linalg.lstsq(centred.T @ centred / n, mean[:, None]).solution[:, 0]
-    elif n >= width:
-        covariance = (1 - rho) * (centred.T @ centred) / n
-        covariance.diagonal().add_(floor)
-        direction = torch.cholesky_solve(mean[:, None], torch.linalg.cholesky(covariance))[:, 0]
+    gram = centred.T @ centred if n >= width else centred @ centred.T
+    rho = ledoit_wolf(centred, gram)
+    usual = gram.trace() / (n * width)
+    if not usual > 0:
+        return mean  # all members are alike
+    shrunk = gram * ((1 - rho) / n)
+    shrunk.diagonal().add_(rho * usual)
+    if n >= width:
+        direction = torch.cholesky_solve(mean[:, None], torch.linalg.cholesky(shrunk))[:, 0]
     else:
-        inner = (1 - rho) / n * (centred @ centred.T)
-        inner.diagonal().add_(floor)
-        solved = torch.linalg.solve(inner, centred @ mean)
+        solved = torch.linalg.solve(shrunk, centred @ mean)
         direction = mean - (1 - rho) / n * (centred.T @ solved)
     unit = direction / direction.norm()
     return (unit @ mean) * unit
@@ -146,14 +142,13 @@ class Existence:
     n: int
 
 
-def existence(
-    members: Float[Tensor, "member width"],
-    others: Float[Tensor, "other width"],
-    concept: Float[Tensor, " width"],
-) -> Existence:
-    """Tell held-out members of a concept from other tokens of the vocabulary, by its vector."""
-    size = concept.square().sum()
-    inside, outside = (members @ concept / size).numpy(), (others @ concept / size).numpy()
+def existence(inside: np.ndarray, outside: np.ndarray) -> Existence:
+    """Tell held-out members of a concept from other tokens of the vocabulary, by its vector.
+
+    Args:
+        inside: <g, l> / |l|^2 of held-out members.
+        outside: Of other tokens.
+    """
     spread = np.sqrt((inside.var(ddof=1) + outside.var(ddof=1)) / 2)
     ranks = np.searchsorted(np.sort(outside), inside) / len(outside)
     return Existence(

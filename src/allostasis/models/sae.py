@@ -212,7 +212,7 @@ def planted_hierarchy(
     independently; v_i are unit vectors, pushed apart as far as `d_model` lets them.
 
     Args:
-        seed: Of the directions; samples come from torch's global generator.
+        seed: The run's seed, for the directions; samples come from torch's global generator.
         n_parents: Parents.
         n_children: Children of a parent.
         d_model: Dimensions; fewer than features make directions interfere.
@@ -252,7 +252,7 @@ def planted_hierarchy(
         hierarchy=tree if is_hierarchical else None,
         # the config's own way to orthogonalise draws a progress bar
         feature_dict=FeatureDictionary(
-            n_features, d_model, seed=seed, initializer=orthogonal_initializer()
+            n_features, d_model, seed=derive(seed, "data"), initializer=orthogonal_initializer()
         ),
         activation_generator=ActivationGenerator(
             n_features,

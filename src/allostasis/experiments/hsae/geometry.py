@@ -83,15 +83,18 @@ class Geometry:
     # ------------------------------------------------------------------ one row a concept
     def existence(self) -> pd.DataFrame:
         """Held-out members against other tokens, along their concept's vector."""
+        concepts = torch.stack([*self.vectors.values()], dim=1)
+        concepts = concepts / concepts.square().sum(dim=0)
+        others = (self.placed.others @ concepts).numpy()
+        members = (self.placed.rows @ concepts).numpy()
         rows: list[dict[str, Any]] = []
-        for synset, concept in self.vectors.items():
+        for place, synset in enumerate(self.vectors):
             ids = self.table.ids(synset, *HELD_OUT)
             if len(ids) < 2:
                 continue
             outside = ~np.isin(self.placed.background, self.table.ids(synset))
-            found = directions.existence(
-                self.placed.at(ids), self.placed.others[torch.from_numpy(outside)], concept
-            )
+            inside = members[np.searchsorted(self.placed.ids, ids), place]
+            found = directions.existence(inside, others[outside, place])
             rows.append({"synset": synset, **vars(found)})
         return pd.DataFrame(rows)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from allostasis.core.spaces import CausalMetric
@@ -19,7 +20,7 @@ from allostasis.tasks.corpora import GLOSSES, documents, split_of
 
 N_CONTEXT = 16  # tokens before the position that is read, where there are so many
 N_RANDOM = 8
-STEPS = 40  # of a bisection
+PRECISE = 1e-3  # of a dose, as a share of the largest
 INERT = 1e-4  # logits
 LARGEST = 2.0  # median lengths of the stream: a larger step is not taken
 
@@ -130,19 +131,26 @@ class Shifts:
         )
         return float(alpha * effect[targets].mean() - (after - before).mean())
 
-    def dose(self, effect: Tensor, wanted: float, targets: Tensor, limit: float) -> float | None:
-        """The least dose at which targets gain so many nats on average; None beyond the limit."""
-        if self.gain(effect, limit, targets) < wanted:
-            return None
-        low, high = 0.0, limit
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            low, high = (
-                (middle, high) if self.gain(effect, middle, targets) < wanted else (low, middle)
-            )
-            if high - low < 1e-3 * high:
-                break
-        return high
+    def doses(
+        self, effect: Tensor, gains: Sequence[float], targets: Tensor, limit: float
+    ) -> list[float | None]:
+        """The least dose at which targets gain so many nats on average; None where none does.
+
+        The gain is concave in the dose: it rises to one peak and falls behind it, where few tokens
+        take all of the probability.
+        """
+
+        def lost(alpha: float) -> float:
+            return -self.gain(effect, alpha, targets)
+
+        peak = minimize_scalar(lost, bounds=(0, limit), method="bounded",
+                               options={"xatol": PRECISE * limit})  # fmt: skip
+        return [
+            float(brentq(lambda alpha: -lost(alpha) - nats, 0, peak.x, xtol=PRECISE * limit))
+            if -peak.fun >= nats
+            else None
+            for nats in gains
+        ]
 
     def within(self, effect: Tensor, alpha: float, members: Tensor) -> np.ndarray:
         """KL(before || after) in nats among a concept's own members, by context."""
@@ -172,7 +180,8 @@ class Shifts:
         )
         limit = self.reach / float(direction.norm())
         doses: list[tuple[str, float, float | None]] = [("alpha", a, a) for a in alphas]
-        doses += [("gain", nats, self.dose(effect, nats, targets, limit)) for nats in gains]
+        found = self.doses(effect, gains, targets, limit)
+        doses += [("gain", nats, alpha) for nats, alpha in zip(gains, found, strict=True)]
         rows: list[dict[str, Any]] = []
         for kind, asked, alpha in doses:
             row = {"synset": concept.synset, "subtree": concept.cluster, "by": kind, "asked": asked,

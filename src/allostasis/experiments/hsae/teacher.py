@@ -133,11 +133,11 @@ class HSAETeacher(L.LightningModule):
             placed = self._placed(table, background, None if name == "own" else name)
             pairs = self._parents(table) if self.control == "random_parent" else None
             geometry = self._geometry(placed, name, pairs)
+            deranged = self._geometry(placed, "random", self._parents(table))
             measured[name] = teacher_tables.measure(
-                geometry, is_null=name == "gaussian", share=SHARE
+                geometry, deranged=deranged if name == "gaussian" else None, share=SHARE
             )
             if name == "own":
-                deranged = self._geometry(placed, "random", self._parents(table))
                 measured["random_parent"] = teacher_tables.measure_pairs(deranged)
             tick(done + 1, len(there) + 1)
         rows = teacher_tables.Collected(table, measured, self.precision, self._rng("bootstrap"))

@@ -23,7 +23,7 @@ OWN = "own"
 OF_EDGES = (
     "cosine", "angle", "published_angle", "lco", "lco_null", "n_rest", "norm_parent", "norm_child",
     "n_child", "n_parent", "num", "pp", "dd", "num_squared", "pp_low", "defined", "cross",
-    "cross_squared", "independent", "independent_null", "null",
+    "cross_squared", "independent", "independent_null", "random", "random_null", "null",
 )  # fmt: skip
 
 
@@ -44,28 +44,35 @@ class Measured:
     families: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
-def measure(geometry: Geometry, *, is_null: bool, share: float) -> Measured:
+def measure(geometry: Geometry, *, deranged: Geometry | None, share: float) -> Measured:
     """Everything there is to ask of a cloud.
 
     Args:
         geometry: Its concepts.
-        is_null: Whether its rows are noise, whose cosines have closed forms.
+        deranged: The same with parents of other subtrees, where rows are noise whose cosines have
+            closed forms.
         share: Of a concept's tokens, where child and parent are drawn apart.
     """
     edges = _angles(geometry).join(geometry.leave_child_out()).join(geometry.disjoint())
     edges["published_angle"] = geometry.published()
-    if is_null:
+    if deranged is not None:
         drawn = geometry.independent(share)
         edges["independent"], edges["independent_null"] = drawn["cosine"], drawn["null"]
+        pairs = _angles(deranged)
+        edges["random"], edges["random_null"] = pairs["cosine"], _null_of_pairs(pairs)
     return Measured(edges, geometry.existence(), geometry.siblings(), geometry.families())
 
 
 def measure_pairs(geometry: Geometry) -> Measured:
     """What there is to ask of children with parents that are not theirs."""
     edges = _angles(geometry).join(geometry.disjoint())
-    size = edges["norm_parent"]
-    edges["null"] = -size / np.sqrt(edges["norm_child"] ** 2 + size**2)
+    edges["null"] = _null_of_pairs(edges)
     return Measured(edges)
+
+
+def _null_of_pairs(edges: pd.DataFrame) -> pd.Series:
+    """Cosine of child less parent with a parent that is orthogonal to the child."""
+    return -edges["norm_parent"] / np.hypot(edges["norm_child"], edges["norm_parent"])
 
 
 def _angles(geometry: Geometry) -> pd.DataFrame:
@@ -207,7 +214,10 @@ class Collected:
             if name in self.measured:
                 edges = self.measured[name].edges
                 lines[f"{name} whole"] = (name, edges["cosine"], 0.0)
-                lines[f"{name} leave-child-out"] = (name, edges["lco"], edges["lco_null"])
+                if name != "permuted":  # nouns have a mean of their own, which is no noise
+                    lines[f"{name} leave-child-out"] = (name, edges["lco"], edges["lco_null"])
+                if "random" in edges:
+                    lines[f"{name} random parent"] = (name, edges["random"], edges["random_null"])
                 if "independent" in edges:
                     pair = edges["independent"], edges["independent_null"]
                     lines[f"{name} independent draws"] = (name, *pair)

@@ -26,7 +26,7 @@ from allostasis.experiments.hsae.stages import Losses, Stage, StageA, rate, stag
 from allostasis.metrics.base import Snapshot
 from allostasis.models.hsae import HierarchicalSAE, KernelChoice
 from allostasis.models.hsae_losses import ORTHO_ROWS, ConfigError, Dead, losses, refusal
-from allostasis.models.sae import FlatSAE, export
+from allostasis.models.sae import FlatSAE, SyntheticModel, export
 from allostasis.models.teacher import FILE, Teacher, read_teacher
 from allostasis.models.zoo import LanguageModel
 from allostasis.tasks.activations import ActivationDataModule
@@ -48,7 +48,7 @@ class HsaeTrain(L.LightningModule):
     rates and weights. One that begins with given atoms holds them fixed in stage A.
 
     Args:
-        model: The language model; None where the activations are planted.
+        model: The language model, or what planted activations are drawn from.
         task: Its activations, or planted ones.
         kind: `hsae`, or a flat autoencoder of SAELens.
         start: Where the first atoms begin: `random`; `teacher`; `rotated`, the teacher under a
@@ -93,7 +93,7 @@ class HsaeTrain(L.LightningModule):
     def __init__(
         self,
         *,
-        model: LanguageModel | None,
+        model: LanguageModel | SyntheticModel,
         task: ActivationDataModule | PlantedHierarchy,
         kind: Kind = "hsae",
         start: arms.Start = "random",
@@ -142,9 +142,11 @@ class HsaeTrain(L.LightningModule):
         self.stages = stages(losses or Losses(), staged, max_steps=max_steps)
         self._check(reads, reads_of)
         task.prepare(model)
-        self.hook, self.model_name = task.hook, "planted" if model is None else model.title
+        language_model = model if isinstance(model, LanguageModel) else None
+        self.hook = task.hook
+        self.model_name = self.hook if language_model is None else language_model.title
         self.scoring = Scoring(
-            task, model, n_watch=n_watch, n_match=n_match, n_test=n_test, n_loss=n_loss
+            task, language_model, n_watch=n_watch, n_match=n_match, n_test=n_test, n_loss=n_loss
         )
         self.model = self._made(k_child, kernel)
         self.register_buffer("quiet", torch.zeros(self.model.d_sae, dtype=torch.int64))
