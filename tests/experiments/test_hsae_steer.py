@@ -186,21 +186,36 @@ def test_teacher_data_are_disjoint_from_what_trains(
 @pytest.fixture(scope="module")
 def steered(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A module that has taken a run whose autoencoder begins with its teacher's vectors."""
-    import pandas as pd
-
-    from allostasis.core.records import read_run, write_json
-    from allostasis.core.spaces import UnembVec, causal_metric
-    from allostasis.experiments.hsae import arms
+    from allostasis.core.records import read_run
     from allostasis.experiments.hsae.steer import HSAESteer
-    from allostasis.models import sae
-    from allostasis.models.hsae import HierarchicalSAE
-    from allostasis.models.teacher import FILE, Teacher, write_teacher
     from allostasis.tasks.activations import ActivationDataModule
-    from allostasis.tasks.concepts import ConceptTable
 
     root = tmp_path_factory.mktemp("steer")
     task = ActivationDataModule(seed=0, n_tokens=8000, window=48, folder=str(root / "cache"))
     task.prepare(model)
+    trained = root / "outputs" / "hsae_train" / "teacher_init" / "seed=0" / "cpu-bb"
+    write_runs(model, task, trained)
+    module = HSAESteer(
+        model=model, task=task, reads_of={"hsae_train": "teacher_init"}, gains=[0.1, 50.0],
+        n_contexts=6, n_random=2, n_match=4000, n_prompts=8, n_features=6, n_controls=4, n_perm=100,
+    )  # fmt: skip
+    module.take({"hsae_train": read_run(trained)})
+    return module
+
+
+def write_runs(model: Any, task: Any, trained: Path) -> None:
+    """A finished run of hsae_train, and the one of hsae_teacher that it has read."""
+    import pandas as pd
+
+    from allostasis.core.records import write_json
+    from allostasis.core.spaces import UnembVec, causal_metric
+    from allostasis.experiments.hsae import arms
+    from allostasis.models import sae
+    from allostasis.models.hsae import HierarchicalSAE
+    from allostasis.models.teacher import FILE, Teacher, write_teacher
+    from allostasis.tasks.concepts import ConceptTable
+
+    root = trained.parents[3]
     common = torch.bincount(task.split("train").ids[:, 3].clamp(min=0)).argsort(descending=True)
     ids = [int(token) for token in common if token > 3][:48]
     sides = ["train", "train", "val", "test"]
@@ -225,23 +240,19 @@ def steered(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         torch.ones(2, 2, dtype=torch.bool), (10, 20), ((11, 12), (21, 22)), metric, digest,
         model.identity["weights_sha256"],
     )  # fmt: skip
-    taught = root / "outputs" / "hsae_teacher" / "causal" / "seed=0" / "cpu-aa"
+    taught = root / "hsae_teacher" / "causal" / "seed=0" / "cpu-aa"
     table.write(taught)
     write_teacher(taught / FILE, teacher)
     write_json(taught / "run.json", {"run_id": "hsae_teacher-causal-0-cpu-aa", "status": "done"})
-    trained = root / "outputs" / "hsae_train" / "teacher_init" / "seed=0" / "cpu-bb"
     hsae = HierarchicalSAE(seed=0, d_model=shape[2], m=4, c=2, s=2, k=2)
     given = arms.of_teacher(teacher, m=4, c=2)
     hsae.plant(given.parents, given.children, given.mask)
     sae.export(hsae, trained / "sae", hook_name="unembed_input")
     read = {"hsae_teacher": {"run_id": "hsae_teacher-causal-0-cpu-aa"}}
-    write_json(trained / "run.json", {"run_id": "x", "status": "done", "read": read})
-    module = HSAESteer(
-        model=model, task=task, reads_of={"hsae_train": "teacher_init"}, gains=[0.1, 50.0],
-        n_contexts=6, n_random=2, n_match=4000, n_prompts=8, n_features=6, n_controls=4, n_perm=100,
-    )  # fmt: skip
-    module.take({"hsae_train": read_run(trained)})
-    return module
+    write_json(
+        trained / "run.json",
+        {"run_id": "hsae_train-x", "status": "done", "read": read, "checkpoints": {}},
+    )
 
 
 def _concepts_of_a_place(place: int) -> list[tuple[str, int, int | None]]:
@@ -320,3 +331,59 @@ def test_steering_elsewhere_than_at_the_unembedding_is_refused(model: Any, tmp_p
     task = ActivationDataModule(seed=0, hook="blocks.1.hook_resid_post", folder=str(tmp_path))
     with pytest.raises(ValueError, match="at unembed_input only"):
         HSAESteer(model=model, task=task, reads_of={"hsae_train": "baseline"})
+
+
+def test_a_run_finds_what_the_phases_before_have_made_and_reports(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from allostasis.core.config import conf_dir, register, run_folder
+    from allostasis.core.locate import of_experiment
+    from allostasis.core.records import read_run
+    from allostasis.report import main
+    from allostasis.run import run
+    from allostasis.tasks.activations import ActivationDataModule
+
+    monkeypatch.chdir(tmp_path)
+    register()
+    words = [
+        "exp=hsae_steer", "preset=quick", "model=tiny", "threads=1", "device=cpu",
+        "task.n_tokens=8000", "+task.window=48", f"+task.folder={tmp_path / 'cache'}",
+        "module.n_contexts=6", "module.n_match=4000", "module.n_prompts=8",
+        "module.gains=[0.1,1.0]", "module.n_features=6", "module.n_controls=4", "module.n_perm=100",
+    ]  # fmt: skip
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        cfgs = [compose("config", [*words, f"condition={c}"]) for c in ("teacher_init", "features")]
+        trained = tmp_path / run_folder(of_experiment(cfgs[0], "hsae_train", "teacher_init"))
+        task = ActivationDataModule(
+            seed=0, n_tokens=8000, window=48, epochs=9, folder=str(tmp_path / "cache")
+        )
+        task.prepare(model)
+        write_runs(model, task, trained)
+        for cfg in cfgs:
+            folder = tmp_path / run_folder(cfg)
+            content = run(cfg, folder)
+            assert content["status"] == "done"
+            assert content["read"]["hsae_train"]["run_id"] == "hsae_train-x"
+            assert content["teacher_run"] == "hsae_teacher-causal-0-cpu-aa"
+            assert len(read_run(folder).metrics)
+    assert main(["outputs/hsae_steer"]) == 0
+    text = (tmp_path / "outputs" / "hsae_steer" / "REPORT.md").read_text(encoding="utf-8")
+    assert "Steering at equal gain" in text
+    assert "H.steer.leakage" in text
+
+
+@pytest.mark.parametrize("preset", ["quick", "full"])
+def test_steering_reads_the_activations_that_were_trained_on(preset: str) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from allostasis.core.config import conf_dir, register
+
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        tasks = [
+            compose("config", [f"exp={exp}", f"preset={preset}"]).task
+            for exp in ("hsae_train", "hsae_steer")
+        ]
+    assert tasks[0] == tasks[1]

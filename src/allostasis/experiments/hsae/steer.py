@@ -194,11 +194,13 @@ class HSAESteer(L.LightningModule):
                 "level": concept.level, "source": source.name, "draw": source.draw,
                 "latent": source.latent,
             }  # fmt: skip
-            effect = None if source.direction is None else self._effect(source)
-            for asked in self.gains:
+            effect, doses = None, [None] * len(self.gains)
+            if source.direction is not None:
+                effect = self._effect(source)
+                doses = self.there.doses(effect, self.gains, targets, self.there.reach)
+            for asked, alpha in zip(self.gains, doses, strict=True):
                 row = {**what, "asked": asked, "reached": False, "why_not": source.why_not}
                 if effect is not None:
-                    alpha = self._dose(effect, asked, targets)
                     if alpha is None:
                         row["why_not"] = f"not within {shifts.LARGEST:g} lengths of the stream"
                     else:
@@ -210,29 +212,6 @@ class HSAESteer(L.LightningModule):
     def _effect(self, source: Source) -> Tensor:
         assert source.direction is not None
         return self.there.effect(source.direction.float())
-
-    def _dose(self, effect: Tensor, asked: float, targets: Tensor) -> float | None:
-        """The least dose of that gain, which rises to one peak before other tokens take over."""
-        top = self.there.reach
-        if self.there.gain(effect, top, targets) < asked:
-            top = self._peak(effect, targets)
-        return self.there.dose(effect, asked, targets, top)
-
-    def _peak(self, effect: Tensor, targets: Tensor) -> float:
-        """The dose of the largest gain, which is concave in the dose: by golden section."""
-        low, high, ratio = 0.0, self.there.reach, (5**0.5 - 1) / 2
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        gains = [self.there.gain(effect, dose, targets) for dose in (left, right)]
-        while high - low > 1e-2 * self.there.reach:
-            if gains[0] > gains[1]:
-                high, right, gains[1] = right, left, gains[0]
-                left = high - ratio * (high - low)
-                gains[0] = self.there.gain(effect, left, targets)
-            else:
-                low, left, gains[0] = left, right, gains[1]
-                right = low + ratio * (high - low)
-                gains[1] = self.there.gain(effect, right, targets)
-        return (low + high) / 2
 
     def _outcomes(
         self,
