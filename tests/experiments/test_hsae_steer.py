@@ -369,7 +369,9 @@ def test_a_run_finds_what_the_phases_before_have_made_and_reports(
             assert content["teacher_run"] == "hsae_teacher-causal-0-cpu-aa"
             assert len(read_run(folder).metrics)
     assert main(["outputs/hsae_steer"]) == 0
-    text = (tmp_path / "outputs" / "hsae_steer" / "REPORT.md").read_text(encoding="utf-8")
+    text = (tmp_path / "outputs" / "hsae_steer" / "report" / "REPORT.md").read_text(
+        encoding="utf-8"
+    )
     assert "Steering at equal gain" in text
     assert "H.steer.leakage" in text
 
