@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import r2_score, roc_auc_score
 from torch.testing import assert_close
 
 from allostasis.analysis.matching import (
@@ -77,6 +77,10 @@ def test_explained_variance_is_the_whole_sets_whatever_the_batches(offset: float
     centred = (x - offset).numpy()
     error = (reconstruction - x).square().sum().item()
     expected = 1 - error / (len(x) * centred.var(axis=0).sum())
+    by_sklearn = r2_score(
+        centred, (reconstruction - offset).numpy(), multioutput="variance_weighted"
+    )
+    assert expected == pytest.approx(by_sklearn, abs=1e-9)
     for sizes in ([300], [1, 299], [100, 100, 100], [7] * 42 + [6]):
         pairs = zip(x.split(sizes), reconstruction.split(sizes), strict=True)
         found = read(ExplainedVariance(), *(coded(*pair) for pair in pairs))

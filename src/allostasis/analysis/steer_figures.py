@@ -28,6 +28,7 @@ SOURCES = {
     "random": "random direction",
 }  # fmt: skip
 MOST = 30  # features in the matrix
+SMALLEST = 1e-6  # nats that a logarithmic axis shows
 
 
 def figures(arms: Sequence[Arm]) -> list[Figure]:
@@ -108,14 +109,16 @@ def leakage(arms: Sequence[Arm]) -> Canvas:
                 colour = ARM_COLOURS[at % len(ARM_COLOURS)]
                 for place, source in enumerate(SOURCES):
                     rows = there[(there["level"] == level) & (there["source"] == source)]
-                    values = rows.loc[rows["arm"] == name, "leakage"].to_numpy()
+                    values = (
+                        rows.loc[rows["arm"] == name, "leakage"].clip(lower=SMALLEST).to_numpy()
+                    )
                     if not len(values):
                         continue
                     x = place + (at - (len(names) - 1) / 2) * 0.7 / len(names)
                     axis.plot(np.full(len(values), x), values, "o", ms=3, alpha=0.5, color=colour)
                     axis.hlines(np.median(values), x - 0.08, x + 0.08, color=INK, lw=2)
             axis.set_xticks(range(len(SOURCES)), [*SOURCES.values()], rotation=20, ha="right")
-            axis.set(yscale="symlog", title=f"{level} concepts, gain {asked:g} nat")
+            axis.set(yscale="log", title=f"{level} concepts, gain {asked:g} nat")
         axes[0, 0].set_ylabel("leakage, nat")
         handles = [
             plt.Line2D([], [], ls="", marker="o", color=ARM_COLOURS[i % len(ARM_COLOURS)], label=n)
@@ -136,7 +139,7 @@ def success(arms: Sequence[Arm]) -> Canvas:
                 continue
             means = rows.groupby("asked")[["leakage", "success"]].mean()
             axis.plot(means["leakage"], means["success"], "o-", color=colour, label=label)
-        axis.set(xlabel="leakage, nat", ylabel="share of contexts", xscale="symlog")
+        axis.set(xlabel="leakage, nat", ylabel="share of contexts", xscale="log")
         axis.legend(loc="best")
     return figure
 
@@ -175,6 +178,7 @@ def matrix(arms: Sequence[Arm]) -> Canvas:
     grid = grid.reindex(effect.index[:MOST])
     with style() as plt:
         figure, axis = plt.subplots(figsize=(8, 0.16 * len(grid) + 1.6))
+        axis.grid(visible=False)
         image = axis.imshow(grid.to_numpy(), aspect="auto", cmap="viridis", vmin=0)
         figure.colorbar(image, ax=axis, label="share / null")
         layers = grid.columns.get_level_values("layer").to_numpy()
