@@ -117,9 +117,7 @@ def test_scale_folding_by_the_library_keeps_the_codes() -> None:
 
 
 def test_saelens_trains_the_flat_form_itself() -> None:
-    from sae_lens.saes.sae import TrainStepInput
-
-    from allostasis.models.hsae_sae_lens import HSAETraining, HSAETrainingConfig
+    from allostasis.models.hsae_sae_lens import HSAETraining, HSAETrainingConfig, TrainStepInput
 
     torch.manual_seed(0)
     sae = HSAETraining(HSAETrainingConfig(d_in=8, d_sae=24, m=6, c=3, k=2))
@@ -165,10 +163,8 @@ def test_flat_autoencoders_are_exported_as_they_were_scored(kind: str, tmp_path:
 
 @pytest.mark.slow
 def test_a_language_model_runs_with_it(tmp_path: Path) -> None:
-    from sae_lens import SAETransformerBridge
-
     from allostasis.models import lens
-    from allostasis.models.sae import export, load
+    from allostasis.models.sae import SAETransformerBridge, export, load
 
     model = lens.pretrained(arch="llama")
     bridge = lens.bridge(model)

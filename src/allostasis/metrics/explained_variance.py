@@ -61,6 +61,14 @@ class ExplainedVariance(Metric):
             getattr(self, "moments.None").clear()
         self.collect("moments", row)
 
+    @staticmethod
+    def per_example(snapshot: Snapshot) -> dict[str, Tensor]:
+        """Squared error of each row, over the mean row's squared distance from the mean."""
+        coding = given(snapshot.coding, "coding")
+        x = precise(coding.x)
+        spread = (x - x.mean(dim=0)).square().sum(dim=1).mean()
+        return {"fvu": (x - precise(coding.reconstruction)).square().sum(dim=1) / spread}
+
     def means(self) -> dict[Place, Mean]:
         """Give the shares, from the merged moments of all processes."""
         found: dict[Place, Mean] = {}

@@ -1,4 +1,4 @@
-"""A hierarchical sparse autoencoder: parents, and within each active parent a few of its children."""
+"""A hierarchical sparse autoencoder: parents, and in each active one a few of its children."""
 
 from __future__ import annotations
 
@@ -323,7 +323,7 @@ class HierarchicalSAE(nn.Module):
         return self.d_sae - n - int(mask.sum())
 
     def _span(self, j: int, wanted: Float[Tensor, "child d"]) -> None:
-        """Turn parent j's subspace so that it holds the wanted directions, and point atoms there."""
+        """Turn parent j's subspace so that it holds the wanted directions, with atoms there."""
         basis = self.Pi_up[j].detach()
         together = torch.cat([wanted, basis]).mT.double()
         rows = min(self.s, self.d_model)

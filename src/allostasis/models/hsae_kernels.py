@@ -198,7 +198,7 @@ class _Dot(torch.autograd.Function):
         return of_x, of_table, None, None, None
 
 
-def take(table: Float[Tensor, "row *rest"], lookup: Lookup) -> Float[Tensor, "token n *rest"]:
+def take(table: Float[Tensor, "row ..."], lookup: Lookup) -> Float[Tensor, "token n ..."]:
     """Rows of a table, with a deterministic gradient."""
     return _Take.apply(table, lookup)
 

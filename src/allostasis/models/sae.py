@@ -21,6 +21,7 @@ from sae_lens import (
     BatchTopKTrainingSAEConfig,
     MatryoshkaBatchTopKTrainingSAE,
     MatryoshkaBatchTopKTrainingSAEConfig,
+    SAETransformerBridge,
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
 )
@@ -39,6 +40,11 @@ from torch import Tensor, nn
 from allostasis.core.seeding import derive
 from allostasis.models import hsae_sae_lens
 from allostasis.models.hsae import HierarchicalSAE
+
+__all__ = [
+    "FlatCodes", "FlatSAE", "SAETransformerBridge", "SyntheticModel", "export", "load",
+    "planted_hierarchy",
+]  # fmt: skip
 
 Flat = Literal["topk", "batchtopk", "matryoshka"]
 
@@ -60,7 +66,7 @@ class FlatCodes(NamedTuple):
 
 
 class FlatSAE(nn.Module):
-    """A flat SAE of SAELens, trained by its own `training_forward_pass`, of activations as they are.
+    """A flat SAE of SAELens, trained by its own `training_forward_pass`, of raw activations.
 
     Codes are those of the exported form: in the activations' own units, of atoms of unit norm; and
     where the TopK is over a whole batch in training, a latent is on above the learnt threshold.
@@ -271,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m allostasis.models.sae",
         description="Saved autoencoders, this package's own among them.",
-        epilog="  python -m allostasis.models.sae load outputs/hsae_train/baseline/seed=0/cpu-*/sae",
+        epilog="  python -m allostasis.models.sae load outputs/hsae_train/baseline/seed=0/*/sae",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,26 +16,14 @@ from allostasis.models.hsae import HierarchicalSAE
 from allostasis.models.sae import FlatSAE
 from allostasis.models.teacher import Teacher
 from allostasis.models.zoo import LanguageModel
-from allostasis.tasks.activations import COLUMNS, ActivationBatch
+from allostasis.tasks.activations import COLUMNS, ActivationBatch, ActivationDataModule
 from allostasis.tasks.concepts import Chosen, ConceptTable
 from allostasis.tasks.labels import Labels
+from allostasis.tasks.planted_hierarchy import PlantedHierarchy
 
 CELLS = 2**24  # logits that are held at once
 Split = Literal["train", "val", "test"]
-
-
-class Rows(Protocol):
-    """What scoring asks of a task."""
-
-    hook: str
-
-    def split(self, split: Split, n: int | None = None) -> ActivationBatch:
-        """Fixed rows of a split."""
-        ...
-
-    def labels(self, batch: ActivationBatch, split: Split, *concepts: Any) -> Labels:
-        """Which concepts each row is of."""
-        ...
+Activations = ActivationDataModule | PlantedHierarchy
 
 
 class Scoring:
@@ -52,7 +40,7 @@ class Scoring:
 
     def __init__(
         self,
-        task: Rows,
+        task: Activations,
         model: LanguageModel | None,
         *,
         n_watch: int,
@@ -62,7 +50,7 @@ class Scoring:
     ) -> None:
         self.task, self.model = task, model
         self.n_watch, self.n_match, self.n_test, self.n_loss = n_watch, n_match, n_test, n_loss
-        self.concepts: tuple[Any, ...] | None = None
+        self.concepts: tuple[ConceptTable, list[Chosen]] | None = None
         self.names: tuple[str, ...] = ()
         self.matches: Matches | None = None
         self._rows: dict[tuple[Split, int], ActivationBatch] = {}
@@ -75,9 +63,11 @@ class Scoring:
         ]
         self.concepts = (table, chosen)
 
-    def use_truth(self) -> None:
-        """Label rows by what was planted."""
-        self.concepts = ()
+    def labels(self, batch: ActivationBatch, split: Split) -> Labels | None:
+        """Which concepts rows are of, where that is known: planted ones, or a teacher's."""
+        if isinstance(self.task, PlantedHierarchy):
+            return self.task.labels(batch, split)
+        return None if self.concepts is None else self.task.labels(batch, split, *self.concepts)
 
     def rows(self, split: Split, n: int) -> ActivationBatch:
         """The first rows of a split, read once."""
@@ -108,16 +98,14 @@ class Scoring:
         """Held-out rows with their concepts, their losses, and the dictionary."""
         batch = self.rows("test", self.n_test)
         fields: dict[str, Any] = {}
-        if self.concepts is not None:
-            self.matches = self._matched(sae)
-            labels = self.task.labels(batch, "test", *self.concepts)
-            self.names = labels.names
+        labels = self.labels(batch, "test")
+        if labels is not None:
+            self.matches, self.names = self._matched(sae), labels.names
             fields = {
                 "members": labels.members, "known": labels.known, "matches": self.matches,
             }  # fmt: skip
-        vectors = getattr(self.task, "vectors", None)
-        if vectors is not None:
-            fields |= {"truth": vectors, "truth_parent": tuple(self.matches.parent.tolist())}  # type: ignore[union-attr]
+            if isinstance(self.task, PlantedHierarchy):
+                fields |= {"truth": self.task.vectors, "truth_parent": labels.parent}
         yield Snapshot(
             step=step,
             split="test",
@@ -129,7 +117,8 @@ class Scoring:
 
     def _matched(self, sae: HierarchicalSAE | FlatSAE) -> Matches:
         batch = self.rows("train", self.n_match)
-        labels = self.task.labels(batch, "train", *(self.concepts or ()))
+        labels = self.labels(batch, "train")
+        assert labels is not None
         return match_latents(
             coding(sae, batch.x).codes.numpy(),
             labels.members.numpy(),

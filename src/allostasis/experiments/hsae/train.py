@@ -21,7 +21,7 @@ from torch import Tensor
 from allostasis.core.records import RunRecord, write_table
 from allostasis.core.seeding import derive
 from allostasis.experiments.hsae import arms
-from allostasis.experiments.hsae.scoring import Scoring
+from allostasis.experiments.hsae.scoring import Activations, Scoring
 from allostasis.experiments.hsae.stages import Losses, Stage, StageA, rate, stages
 from allostasis.metrics.base import Snapshot
 from allostasis.models.hsae import HierarchicalSAE, KernelChoice
@@ -29,7 +29,6 @@ from allostasis.models.hsae_losses import ORTHO_ROWS, ConfigError, Dead, losses,
 from allostasis.models.sae import FlatSAE, SyntheticModel, export
 from allostasis.models.teacher import FILE, Teacher, read_teacher
 from allostasis.models.zoo import LanguageModel
-from allostasis.tasks.activations import ActivationDataModule
 from allostasis.tasks.concepts import Selection, read_table
 from allostasis.tasks.planted_hierarchy import PlantedHierarchy
 
@@ -94,7 +93,7 @@ class HsaeTrain(L.LightningModule):
         self,
         *,
         model: LanguageModel | SyntheticModel,
-        task: ActivationDataModule | PlantedHierarchy,
+        task: Activations,
         kind: Kind = "hsae",
         start: arms.Start = "random",
         teacher: Literal["causal", "euclidean", "shuffled"] = "causal",
@@ -162,8 +161,6 @@ class HsaeTrain(L.LightningModule):
         self.offers |= {"truth"} if self.is_planted else set()
         self.offers |= {"token_losses"} if self.hook == "unembed_input" else set()
         self.model.start_at(task.mean(), task.scale)
-        if self.is_planted:
-            self.scoring.use_truth()
         if self.is_planted or start not in ("teacher", "rotated"):
             self._begin()
 
@@ -416,7 +413,7 @@ class HsaeTrain(L.LightningModule):
         return Dead(parents, children, *counts)
 
     def _note(self, x: Tensor, stage: Stage) -> None:
-        """Keep each loss with its gradient, and how near the first atoms are to where they began."""
+        """Keep each loss with its gradient, and how near atoms are to where they began."""
         weights = self._weights(stage) if not isinstance(self.model, FlatSAE) else {}
         about = {"step": self.updates, "stage": stage.name}
         for name, (value, norm) in self._gradients(x, stage).items():
