@@ -137,7 +137,7 @@ def test_planted_latents_are_matched_and_their_levels_recovered() -> None:
     found = read(HierarchyRecovery(), snapshot)
     assert found["", None, None, None] == 1.0
     assert found["chance", None, None, None] == pytest.approx(1 / 3)
-    flat = implied_parents(csc_array(snapshot.members.numpy().astype(float)))
+    flat = implied_parents(csc_array(snapshot.members.numpy().astype(float)), len(snapshot.members))
     assert flat.tolist() == [-1, -1, -1, 0, 0, 1, 1, 2, 2]
 
 
