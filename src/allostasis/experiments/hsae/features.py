@@ -24,6 +24,8 @@ from allostasis.models.zoo import LanguageModel
 from allostasis.tasks.prompts import Prompt, Prompts
 
 Kind = Literal["zero", "mean", "double", "parent_only"]
+IMPACT = ["layer", "feature", "kind", "metric", "value", "n", "active_fraction", "p_value",
+          "q_value"]  # fmt: skip
 FEWEST = 3  # clusters of prompts for a test
 
 
@@ -219,9 +221,7 @@ class Features:
                     rows.append({**where, "metric": "logit_diff"})
                     continue
                 rows += self._effects(read, clean, codes, active, feature, kind, where)
-        table = pd.DataFrame(rows).reindex(
-            columns=[*where, "metric", "value", "p_value", "q_value"]
-        )
+        table = pd.DataFrame(rows).reindex(columns=IMPACT)
         tested = table["p_value"].notna()
         if tested.any():
             q = stats.false_discovery_control(table.loc[tested, "p_value"].to_numpy())
@@ -247,7 +247,7 @@ class Features:
         clusters = pd.Series(difference).groupby(read.cluster[active.numpy()]).mean().to_numpy()
         p_value = None
         if len(clusters) >= FEWEST and clusters.std() > 0:
-            p_value = float(stats.ttest_1samp(clusters, 0.0).pvalue)
+            p_value = float(stats.ttest_1samp(clusters, 0.0)[1])
         log_p, log_q = (logits.double().log_softmax(dim=1) for logits in (before, after))
         values = {
             "logit_diff": float(difference.mean()),
