@@ -247,7 +247,8 @@ class Features:
         clusters = pd.Series(difference).groupby(read.cluster[active.numpy()]).mean().to_numpy()
         p_value = None
         if len(clusters) >= FEWEST and clusters.std() > 0:
-            p_value = float(stats.ttest_1samp(clusters, 0.0)[1])
+            t = clusters.mean() / stats.sem(clusters)
+            p_value = float(2 * stats.t.sf(abs(t), len(clusters) - 1))
         log_p, log_q = (logits.double().log_softmax(dim=1) for logits in (before, after))
         values = {
             "logit_diff": float(difference.mean()),
