@@ -333,6 +333,7 @@ def test_steering_elsewhere_than_at_the_unembedding_is_refused(model: Any, tmp_p
         HSAESteer(model=model, task=task, reads_of={"hsae_train": "baseline"})
 
 
+@pytest.mark.slow
 def test_a_run_finds_what_the_phases_before_have_made_and_reports(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
