@@ -11,7 +11,7 @@ from annotated_types import Ge
 
 from allostasis.models.hsae_losses import check_stage
 
-Weight = Annotated[float, Ge(0)]
+Weight = Annotated[float | int, Ge(0)]
 LAST = 0.1  # of the learning rate, that a run ends with
 
 
