@@ -6,10 +6,9 @@ RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all calibrate check format bench report study index grokking ioi constraint superposition \
-  heads_zero heads_pairs heads_patch heads_ov
-
-.PHONY: dashboard dashboard-online notebooks test-cluster
+.PHONY: help install demo test test-all calibrate test-cluster check format bench report index study \
+  dashboard dashboard-online notebooks grokking ioi constraint superposition \
+  heads_zero heads_pairs heads_patch heads_ov hsae hsae_teacher hsae_train hsae_steer
 
 help: ## list these targets
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -71,6 +70,20 @@ heads_patch: .venv/smollm2 ## pairs of prompts patched both ways, by layer, posi
 
 heads_ov: .venv/smollm2 ## what every head of SmolLM2 writes, in its weights and on four corpora (ARGS=preset=quick takes minutes)
 	$(RUN) +exp=heads_ov -m $(ARGS)
+
+hsae_teacher: .venv/smollm2 ## concept vectors of SmolLM2 and what noise cannot give of them (ARGS=preset=quick takes minutes)
+	$(RUN) +exp=hsae_teacher -m $(ARGS)
+
+hsae_train: .venv/smollm2 ## hierarchical and flat autoencoders, ten arms, eight seeds (for a GPU; ARGS="preset=quick seed=0" is for CPUs)
+	$(RUN) +exp=hsae_train -m $(ARGS)
+
+hsae_steer: .venv/smollm2 ## steering with what they learned, and single features toggled (likewise)
+	$(RUN) +exp=hsae_steer -m $(ARGS)
+
+hsae: ## all three in this order, each finding what the one before it made
+	$(MAKE) hsae_teacher
+	$(MAKE) hsae_train
+	$(MAKE) hsae_steer
 
 report: .venv/installed ## figures and claims for everything under outputs/
 	$(BIN)/python -m allostasis.report outputs

@@ -70,7 +70,15 @@ DESIGNS = {
     path.stem: list(yaml.safe_load(path.read_text())["conditions"])
     for path in sorted((CONF / "exp").glob("*.yaml"))
 }
-ARMS = [(exp, condition) for exp, conditions in DESIGNS.items() for condition in conditions]
+READERS = {
+    "hsae_steer"
+}  # whose test makes the run of a language model's autoencoder that they read
+ARMS = [
+    (exp, condition)
+    for exp, conditions in DESIGNS.items()
+    for condition in conditions
+    if exp not in READERS
+]
 AT_ONCE = 2  # arms of an experiment that are tried in the tests that take seconds
 
 

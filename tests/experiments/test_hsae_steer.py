@@ -181,3 +181,212 @@ def test_teacher_data_are_disjoint_from_what_trains(
     assert not trained & set(read)
     held_out = {texts[number] for number in task.split("test").ids[:, 0].tolist()}
     assert not trained & held_out
+
+
+@pytest.fixture(scope="module")
+def steered(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A module that has taken a run whose autoencoder begins with its teacher's vectors."""
+    from allostasis.core.records import read_run
+    from allostasis.experiments.hsae.steer import HSAESteer
+    from allostasis.tasks.activations import ActivationDataModule
+
+    root = tmp_path_factory.mktemp("steer")
+    task = ActivationDataModule(seed=0, n_tokens=8000, window=48, folder=str(root / "cache"))
+    task.prepare(model)
+    trained = root / "outputs" / "hsae_train" / "teacher_init" / "seed=0" / "cpu-bb"
+    write_runs(model, task, trained)
+    module = HSAESteer(
+        model=model, task=task, reads_of={"hsae_train": "teacher_init"}, gains=[0.1, 50.0],
+        n_contexts=6, n_random=2, n_match=4000, n_prompts=8, n_features=6, n_controls=4, n_perm=100,
+    )  # fmt: skip
+    module.take({"hsae_train": read_run(trained)})
+    return module
+
+
+def write_runs(model: Any, task: Any, trained: Path) -> None:
+    """A finished run of hsae_train, and the one of hsae_teacher that it has read."""
+    import pandas as pd
+
+    from allostasis.core.records import write_json
+    from allostasis.core.spaces import UnembVec, causal_metric
+    from allostasis.experiments.hsae import arms
+    from allostasis.models import sae
+    from allostasis.models.hsae import HierarchicalSAE
+    from allostasis.models.teacher import FILE, Teacher, write_teacher
+    from allostasis.tasks.concepts import ConceptTable
+
+    root = trained.parents[3]
+    common = torch.bincount(task.split("train").ids[:, 3].clamp(min=0)).argsort(descending=True)
+    ids = [int(token) for token in common if token > 3][:48]
+    sides = ["train", "train", "val", "test"]
+    rows = [
+        (name, synset, parent, f"w{token}", f"w{token}", token, sides[(place // 4) % 4])
+        for place, token in enumerate(ids)
+        for name, synset, parent in _concepts_of_a_place(place)
+    ]
+    columns = ["concept", "synset", "parent", "lemma", "form", "token_id", "split"]
+    frame = pd.DataFrame(rows, columns=columns).astype({"parent": "Int64"})
+    digest = model.identity["tokenizer_sha256"]
+    table = ConceptTable(frame, {"tokenizer_sha256": digest})
+    metric = causal_metric(UnembVec(model.decoder.W_U.detach().T.double()[4:]), metric="causal")
+    rows_of = model.decoder.W_U.detach().T.double()
+    vector = {s: rows_of[torch.from_numpy(table.ids(s))].mean(dim=0) - metric.mean
+              for s in table.names}  # fmt: skip
+    shape = (2, 2, model.decoder.d_model)
+    deltas = [[vector[p + c] - vector[p] for c in (1, 2)] for p in (10, 20)]
+    teacher = Teacher(
+        UnembVec(torch.stack([vector[10], vector[20]])),
+        UnembVec(torch.stack([torch.stack(of_one) for of_one in deltas])),
+        torch.ones(2, 2, dtype=torch.bool), (10, 20), ((11, 12), (21, 22)), metric, digest,
+        model.identity["weights_sha256"],
+    )  # fmt: skip
+    taught = root / "hsae_teacher" / "causal" / "seed=0" / "cpu-aa"
+    table.write(taught)
+    write_teacher(taught / FILE, teacher)
+    write_json(taught / "run.json", {"run_id": "hsae_teacher-causal-0-cpu-aa", "status": "done"})
+    hsae = HierarchicalSAE(seed=0, d_model=shape[2], m=4, c=2, s=2, k=2)
+    given = arms.of_teacher(teacher, m=4, c=2)
+    hsae.plant(given.parents, given.children, given.mask)
+    sae.export(hsae, trained / "sae", hook_name="unembed_input")
+    read = {"hsae_teacher": {"run_id": "hsae_teacher-causal-0-cpu-aa"}}
+    write_json(
+        trained / "run.json",
+        {"run_id": "hsae_train-x", "status": "done", "read": read, "checkpoints": {}},
+    )
+
+
+def _concepts_of_a_place(place: int) -> list[tuple[str, int, int | None]]:
+    parent, child = 10 * (1 + place % 2), 1 + (place // 2) % 2
+    return [(f"p{parent}", parent, None), (f"c{parent + child}", parent + child, parent)]
+
+
+def test_every_direction_has_the_gain_that_was_asked_for_or_says_why_not(steered: Any) -> None:
+    from allostasis.experiments.hsae.clouds import kept_tokens
+    from allostasis.experiments.hsae.sources import Sources, chosen_of, concepts_of
+
+    assert steered.prove_effect()["largest_change_of_a_logit"] > 1e-4
+    tables = steered.test_step(0, 0)["tables"]
+    table = tables["steering"]
+    assert set(table["source"]) == {"teacher", "sae", "means", "random"}
+    small = table[table["asked"] == 0.1]
+    assert small[small["source"] == "teacher"]["reached"].mean() > 0.5
+    there = table[table["reached"]]
+    assert there["gain"].to_numpy() == pytest.approx(there["asked"].to_numpy(), rel=0.02)
+    assert (there["leakage"] >= 0).all()
+    missing = table[~table["reached"]]
+    assert len(missing[missing["asked"] == 50.0])
+    assert (missing["why_not"] != "").all()
+    assert missing["leakage"].isna().all()
+    # one row again, by the model's own unembedding of the moved rows
+    row = small[(small["source"] == "teacher") & small["reached"]].iloc[0]
+    chosen = chosen_of(steered.teacher)
+    concepts = concepts_of(steered.table, chosen, max_parents=2, max_children=2)
+    concept = next(one for one in concepts if one.synset == row["synset"])
+    sources = Sources(steered.sae, steered.task, steered.table, steered.teacher, n_match=4000)
+    source = next(iter(sources.of(concept, np.random.default_rng(0), 1)))
+    kept = torch.from_numpy(kept_tokens(steered.model))
+    resid = steered.there.resid
+    logits = [
+        steered.model.decoder.unembed(one).detach()[:, kept].double().log_softmax(dim=1)
+        for one in (resid, resid + row["alpha"] * source.direction.float())
+    ]
+    targets = torch.isin(kept, torch.from_numpy(concept.targets))
+    gain = (logits[1] - logits[0])[:, targets].mean()
+    assert float(gain) == pytest.approx(row["gain"], abs=1e-4)
+    others = ~torch.isin(kept, torch.from_numpy(concept.members))
+    p, q = (one[:, others].exp() for one in logits)
+    p, q = p / p.sum(dim=1, keepdim=True), q / q.sum(dim=1, keepdim=True)
+    assert float((p * (p / q).log()).sum(dim=1).mean()) == pytest.approx(row["leakage"], abs=1e-5)
+
+
+def test_a_planted_teacher_is_where_the_autoencoder_begins(steered: Any) -> None:
+    """The atom that a parent was planted as is the teacher's own direction."""
+    metric = steered.teacher.metric
+    directions = metric.to_resid(steered.teacher.parents).values.float()
+    atoms = steered.sae.W_dec.detach()[:2]
+    cosine = torch.nn.functional.cosine_similarity(directions, atoms)
+    assert_close(cosine, torch.ones(2), rtol=0, atol=1e-5)
+
+
+def test_features_are_listed_whether_or_not_they_are_ever_active(steered: Any) -> None:
+    steered.what = "features"
+    try:
+        tables = steered.test_step(0, 0)["tables"]
+    finally:
+        steered.what = "steer"
+    impact = tables["feature_impact"]
+    assert impact["feature"].nunique() == 10
+    silent = impact[impact["n"] == 0]
+    assert silent["value"].isna().all()
+    assert impact[impact["n"] > 0]["value"].notna().all()
+    assert impact["q_value"].dropna().between(0, 1).all()
+    alignment = tables["feature_head_alignment"]
+    assert {"share", "cosine", "direct_effect"} <= set(alignment.columns)
+
+
+def test_steering_elsewhere_than_at_the_unembedding_is_refused(model: Any, tmp_path: Path) -> None:
+    from allostasis.experiments.hsae.steer import HSAESteer
+    from allostasis.tasks.activations import ActivationDataModule
+
+    task = ActivationDataModule(seed=0, hook="blocks.1.hook_resid_post", folder=str(tmp_path))
+    with pytest.raises(ValueError, match="at unembed_input only"):
+        HSAESteer(model=model, task=task, reads_of={"hsae_train": "baseline"})
+
+
+@pytest.mark.slow
+def test_a_run_finds_what_the_phases_before_have_made_and_reports(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from allostasis.core.config import conf_dir, register, run_folder
+    from allostasis.core.locate import of_experiment
+    from allostasis.core.records import read_run
+    from allostasis.report import main
+    from allostasis.run import run
+    from allostasis.tasks.activations import ActivationDataModule
+
+    monkeypatch.chdir(tmp_path)
+    register()
+    words = [
+        "exp=hsae_steer", "preset=quick", "model=tiny", "threads=1", "device=cpu",
+        "task.n_tokens=8000", "+task.window=48", f"+task.folder={tmp_path / 'cache'}",
+        "module.n_contexts=6", "module.n_match=4000", "module.n_prompts=8",
+        "module.gains=[0.1,1.0]", "module.n_features=6", "module.n_controls=4", "module.n_perm=100",
+    ]  # fmt: skip
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        cfgs = [compose("config", [*words, f"condition={c}"]) for c in ("teacher_init", "features")]
+        trained = tmp_path / run_folder(of_experiment(cfgs[0], "hsae_train", "teacher_init"))
+        task = ActivationDataModule(
+            seed=0, n_tokens=8000, window=48, epochs=9, folder=str(tmp_path / "cache")
+        )
+        task.prepare(model)
+        write_runs(model, task, trained)
+        for cfg in cfgs:
+            folder = tmp_path / run_folder(cfg)
+            content = run(cfg, folder)
+            assert content["status"] == "done"
+            assert content["read"]["hsae_train"]["run_id"] == "hsae_train-x"
+            assert content["teacher_run"] == "hsae_teacher-causal-0-cpu-aa"
+            assert len(read_run(folder).metrics)
+    assert main(["outputs/hsae_steer"]) == 0
+    text = (tmp_path / "outputs" / "hsae_steer" / "report" / "REPORT.md").read_text(
+        encoding="utf-8"
+    )
+    assert "Steering at equal gain" in text
+    assert "H.steer.leakage" in text
+
+
+@pytest.mark.parametrize("preset", ["quick", "full"])
+def test_steering_reads_the_activations_that_were_trained_on(preset: str) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from allostasis.core.config import conf_dir, register
+
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        tasks = [
+            compose("config", [f"exp={exp}", f"preset={preset}"]).task
+            for exp in ("hsae_train", "hsae_steer")
+        ]
+    assert tasks[0] == tasks[1]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import r2_score, roc_auc_score
 from torch.testing import assert_close
 
 from allostasis.analysis.matching import (
@@ -77,6 +77,10 @@ def test_explained_variance_is_the_whole_sets_whatever_the_batches(offset: float
     centred = (x - offset).numpy()
     error = (reconstruction - x).square().sum().item()
     expected = 1 - error / (len(x) * centred.var(axis=0).sum())
+    by_sklearn = r2_score(
+        centred, (reconstruction - offset).numpy(), multioutput="variance_weighted"
+    )
+    assert expected == pytest.approx(by_sklearn, abs=1e-9)
     for sizes in ([300], [1, 299], [100, 100, 100], [7] * 42 + [6]):
         pairs = zip(x.split(sizes), reconstruction.split(sizes), strict=True)
         found = read(ExplainedVariance(), *(coded(*pair) for pair in pairs))
@@ -133,7 +137,7 @@ def test_planted_latents_are_matched_and_their_levels_recovered() -> None:
     found = read(HierarchyRecovery(), snapshot)
     assert found["", None, None, None] == 1.0
     assert found["chance", None, None, None] == pytest.approx(1 / 3)
-    flat = implied_parents(csc_array(snapshot.members.numpy().astype(float)))
+    flat = implied_parents(csc_array(snapshot.members.numpy().astype(float)), len(snapshot.members))
     assert flat.tolist() == [-1, -1, -1, 0, 0, 1, 1, 2, 2]
 
 

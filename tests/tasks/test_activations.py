@@ -257,3 +257,41 @@ def test_batches_are_a_function_of_the_update_alone(
     assert not documents["train"] & (documents["val"] | documents["test"])
     assert_close(first.mean(), first.split("train").x.mean(dim=0))
     assert first.facts()["rows"]["train"] == first.n_train
+
+
+def test_documents_come_from_text_parquet_and_folders_in_their_order(tmp_path: Path) -> None:
+    import pandas as pd
+
+    from allostasis.tasks.corpora import corpus_sha256, documents
+
+    (tmp_path / "a.txt").write_text("first\nline two\n\n\nsecond\n", encoding="utf-8")
+    pd.DataFrame({"text": ["third", "", None, "fourth"]}).to_parquet(tmp_path / "b.parquet")
+    (tmp_path / "notes.md").write_text("not read", encoding="utf-8")
+    assert list(documents(str(tmp_path))) == ["first\nline two", "second", "third", "fourth"]
+    before = corpus_sha256(str(tmp_path))
+    (tmp_path / "a.txt").write_text("first\n", encoding="utf-8")
+    assert corpus_sha256(str(tmp_path)) != before
+    pd.DataFrame({"content": ["x"]}).to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="no column 'text'; it has content"):
+        list(documents(str(tmp_path / "c.parquet")))
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        list(documents(str(tmp_path / "missing.txt")))
+
+
+def test_the_command_harvests_and_says_where_or_why_not(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from allostasis.models.tiny import tiny_checkpoint
+    from allostasis.tasks.activations import main
+
+    folder = tiny_checkpoint(tmp_path / "model", "gpt2")
+    out = tmp_path / "cache"
+    words = ["build", "--model", str(folder), "--corpus", str(texts), "--window", "16",
+             "--device", "cpu", "--out", str(out), "--tokens"]  # fmt: skip
+    assert main([*words, "300"]) == 0
+    assert "300 rows of 32 numbers" in capsys.readouterr().out
+    assert main([*words, "500"]) == 1
+    assert "holds the activations of another model, corpus or plan" in capsys.readouterr().err
+    words[words.index(str(out))] = str(tmp_path / "other")
+    assert main([*words, "100000"]) == 1
+    assert "repeat=<k>" in capsys.readouterr().err

@@ -65,7 +65,9 @@ def match_latents(
     n_latents = codes.shape[1]
     sparse = csc_array(codes)
     scores = aurocs(sparse, members, known)
-    levels = latent_parents(n_latents, n_parents) if n_parents else implied_parents(sparse)
+    levels = (
+        latent_parents(n_latents, n_parents) if n_parents else implied_parents(sparse, len(codes))
+    )
     usable = np.nan_to_num(scores, nan=0.0)
     if n_parents:
         is_child = np.arange(n_latents) >= n_parents
@@ -105,8 +107,9 @@ def aurocs(
     """
     positive, negative = (members & known).astype(float), (~members & known).astype(float)
     n_positive, n_negative = positive.sum(axis=0), negative.sum(axis=0)
-    found = np.empty((codes.shape[1], members.shape[1]))
-    for latent in range(codes.shape[1]):
+    n_latents = len(codes.indptr) - 1
+    found = np.empty((n_latents, members.shape[1]))
+    for latent in range(n_latents):
         rows, values = _column(codes, latent)
         _, group = np.unique(values, return_inverse=True)
         hits = np.zeros((int(group.max(initial=-1)) + 1, members.shape[1]))
@@ -166,7 +169,7 @@ def split_group(
         scores: By which candidates are chosen.
     """
     candidates = [int(latent) for latent in np.argsort(-scores, kind="stable")[:50]]
-    fires = np.zeros((codes.shape[0], len(candidates)), dtype=bool)
+    fires = np.zeros((len(truth), len(candidates)), dtype=bool)
     for place, latent in enumerate(candidates):
         fires[_column(codes, latent)[0], place] = True
     fires, wanted = fires[counts], truth[counts]
@@ -194,7 +197,7 @@ def latent_parents(n_latents: int, n_parents: int) -> Int[np.ndarray, " latent"]
     return np.concatenate([np.full(n_parents, -1), np.repeat(np.arange(n_parents), n_children)])
 
 
-def implied_parents(codes: Codes) -> Int[np.ndarray, " latent"]:
+def implied_parents(codes: Codes, n_rows: int) -> Int[np.ndarray, " latent"]:
     """Of each latent of a flat autoencoder, the one that fires more often and mostly along with it.
 
     That is the j with the largest P(j fires | i fires) - P(j fires) among those that fire more
@@ -205,7 +208,7 @@ def implied_parents(codes: Codes) -> Int[np.ndarray, " latent"]:
     together = (fires.T @ fires).toarray()
     with np.errstate(divide="ignore", invalid="ignore"):
         contained = together / counts[:, None]
-    gain = contained - counts / codes.shape[0]
+    gain = contained - counts / n_rows
     gain[(counts[None] <= counts[:, None]) | ~(contained >= CONTAINED)] = -np.inf
     return np.where(np.isfinite(gain.max(axis=1)), gain.argmax(axis=1), -1)
 

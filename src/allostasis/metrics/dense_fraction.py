@@ -22,6 +22,7 @@ def dense_fraction(rates: Float[Tensor, " latent"]) -> Float[Tensor, ""]:
         arXiv:2309.08600.
 
     Example:
+        >>> import torch
         >>> dense_fraction(torch.tensor([0.5, 0.01]))
         tensor(0.5000, dtype=torch.float64)
     """

@@ -20,6 +20,7 @@ def l0(codes: Float[Tensor, "row latent"]) -> Float[Tensor, ""]:
         arXiv:2309.08600.
 
     Example:
+        >>> import torch
         >>> l0(torch.tensor([[1.0, 0.0], [2.0, 0.5]]))
         tensor(1.5000, dtype=torch.float64)
     """

@@ -80,7 +80,7 @@ class Purity(Metric):
             found[""].append(area)
             found["children" if self.matches.parent[concept] >= 0 else "parents"].append(area)
             found["one_to_one"].append(purity(kept["latent"][rows, concept], truth))
-            said = codes >= np.float32(threshold) if self.matches.best[concept] >= 0 else codes > 1
+            said = codes >= float(threshold) if self.matches.best[concept] >= 0 else codes > 1
             if said.any():
                 found["precision"].append(float(truth[said].double().mean()))
             found["recall"].append(float(said[truth].double().mean()))

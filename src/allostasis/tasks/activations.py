@@ -316,7 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         repeat=words.repeat,
     )
     try:
-        model = pretrained(**{"source" if is_folder else "name": name}, device=words.device)
+        model = pretrained(
+            name=None if is_folder else name,
+            source=name if is_folder else None,
+            device=words.device,
+        )
         cache = harvested(model, words.corpus, plan, words.out)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         sys.stderr.write(f"{error}\n")

@@ -24,6 +24,8 @@ from allostasis.models.zoo import LanguageModel
 from allostasis.tasks.prompts import Prompt, Prompts
 
 Kind = Literal["zero", "mean", "double", "parent_only"]
+IMPACT = ["layer", "feature", "kind", "metric", "value", "n", "active_fraction", "p_value",
+          "q_value"]  # fmt: skip
 FEWEST = 3  # clusters of prompts for a test
 
 
@@ -57,8 +59,8 @@ class Features:
 
     A latent f is set to 0, to its mean over training rows, or doubled, and the rest of the row is
     left as it is, what the autoencoder does not explain included:
-    resid' = resid + (code'_f - code_f) d_f. A hierarchical parent takes its children with it when it
-    is set to 0; `parent_only` leaves them.
+    resid' = resid + (code'_f - code_f) d_f. A hierarchical parent that is set to 0 takes its
+    children with it; `parent_only` leaves them.
 
     Args:
         model: A language model.
@@ -107,8 +109,15 @@ class Features:
         alignment, heads = self.alignment(prompts.evaluation, [*chosen.tolist(), *controls])
         explained = self.explained(impact, alignment, heads, n_perm)
         tested = impact[impact["metric"] == "logit_diff"]
+        clean = self.logits(measuring.resid)
+        place = torch.arange(len(clean))
+        said = clean[place, measuring.target] - clean[place, measuring.foil]
         return Found(
             {
+                "examples": pd.DataFrame({
+                    "example": place.numpy(), "split": "evaluation", "cluster": measuring.cluster,
+                    "intervention": "none", "logit_diff": said.double().numpy(),
+                }),
                 "feature_impact": impact,
                 "feature_head_alignment": alignment.merge(heads, on=["layer", "head"]),
                 "metrics": pd.DataFrame([*explained, *_readings(impact)]),
@@ -141,7 +150,7 @@ class Features:
         return self.decoder.unembed(moved).float().cpu()
 
     def attribution(self, read: Read) -> Float64[np.ndarray, " latent"]:
-        """Mean over prompts of gradient times code, of the logit difference: exact, as it is linear."""
+        """Mean over prompts of gradient times code, for the logit difference, which is linear."""
         weights = self.decoder.W_U.detach().float().cpu()
         gradient = (weights[:, read.target] - weights[:, read.foil]).T
         codes = codes_of(self.sae, read.resid)
@@ -212,9 +221,7 @@ class Features:
                     rows.append({**where, "metric": "logit_diff"})
                     continue
                 rows += self._effects(read, clean, codes, active, feature, kind, where)
-        table = pd.DataFrame(rows).reindex(
-            columns=[*where, "metric", "value", "p_value", "q_value"]
-        )
+        table = pd.DataFrame(rows).reindex(columns=IMPACT)
         tested = table["p_value"].notna()
         if tested.any():
             q = stats.false_discovery_control(table.loc[tested, "p_value"].to_numpy())
@@ -240,7 +247,8 @@ class Features:
         clusters = pd.Series(difference).groupby(read.cluster[active.numpy()]).mean().to_numpy()
         p_value = None
         if len(clusters) >= FEWEST and clusters.std() > 0:
-            p_value = float(stats.ttest_1samp(clusters, 0.0).pvalue)
+            t = clusters.mean() / stats.sem(clusters)
+            p_value = float(2 * stats.t.sf(abs(t), len(clusters) - 1))
         log_p, log_q = (logits.double().log_softmax(dim=1) for logits in (before, after))
         values = {
             "logit_diff": float(difference.mean()),

@@ -139,7 +139,7 @@ class Sources:
         )
 
     def of(self, concept: Concept, rng: np.random.Generator, n_random: int) -> Iterator[Source]:
-        """The teacher's vector, the matched atom, the difference of means, and random directions."""
+        """The teacher's vector, the matched atom, a difference of means, random directions."""
         yield Source("teacher", _unit(self._taught(concept)))
         latent = int(self.matches.latent[self.column[concept.synset]])
         if latent < 0:

@@ -37,6 +37,7 @@ from allostasis.tasks.harvest import UNEMBED_INPUT
 from allostasis.tasks.ioi import IOI
 
 TRAIN, TEACHER = "hsae_train", "hsae_teacher"
+CLAIMED = 1.0  # nats of gain at which a claim compares leakage
 
 
 class HSAESteer(L.LightningModule):
@@ -146,8 +147,8 @@ class HSAESteer(L.LightningModule):
         usable = np.flatnonzero(np.isin(answers.numpy(), kept))
         if len(usable) < self.n_contexts:
             raise ValueError(
-                f"module.n_contexts={self.n_contexts}: the split test has {len(usable)} rows with a "
-                "next token; harvest more with task.n_tokens"
+                f"module.n_contexts={self.n_contexts}: the split test has {len(usable)} rows with "
+                "a next token; harvest more with task.n_tokens"
             )
         places = usable[np.linspace(0, len(usable) - 1, self.n_contexts).astype(int)]
         self.there = shifts.Shifts(self.model, self.teacher.metric, rows.x[places], kept)
@@ -175,7 +176,12 @@ class HSAESteer(L.LightningModule):
             "reached": float(table["reached"].mean()),
             "matched": float((sources.matches.latent >= 0).mean()),
         }
-        return {"steering": table, "matches": matches, "metrics": readings(table)}
+        return {
+            "steering": table,
+            "matches": matches,
+            "metrics": readings(table),
+            "examples": examples(table),
+        }
 
     def _concept(self, concept: Concept, sources: Sequence[Source]) -> list[dict[str, Any]]:
         targets = self.there.at(concept.targets)
@@ -188,11 +194,13 @@ class HSAESteer(L.LightningModule):
                 "level": concept.level, "source": source.name, "draw": source.draw,
                 "latent": source.latent,
             }  # fmt: skip
-            effect = None if source.direction is None else self._effect(source)
-            for asked in self.gains:
+            effect, doses = None, [None] * len(self.gains)
+            if source.direction is not None:
+                effect = self._effect(source)
+                doses = self.there.doses(effect, self.gains, targets, self.there.reach)
+            for asked, alpha in zip(self.gains, doses, strict=True):
                 row = {**what, "asked": asked, "reached": False, "why_not": source.why_not}
                 if effect is not None:
-                    alpha = self._dose(effect, asked, targets)
                     if alpha is None:
                         row["why_not"] = f"not within {shifts.LARGEST:g} lengths of the stream"
                     else:
@@ -204,29 +212,6 @@ class HSAESteer(L.LightningModule):
     def _effect(self, source: Source) -> Tensor:
         assert source.direction is not None
         return self.there.effect(source.direction.float())
-
-    def _dose(self, effect: Tensor, asked: float, targets: Tensor) -> float | None:
-        """The least dose of that gain; it rises to one peak, beyond which other tokens take over."""
-        top = self.there.reach
-        if self.there.gain(effect, top, targets) < asked:
-            top = self._peak(effect, targets)
-        return self.there.dose(effect, asked, targets, top)
-
-    def _peak(self, effect: Tensor, targets: Tensor) -> float:
-        """The dose of the largest gain, which is concave in the dose: by golden section."""
-        low, high, ratio = 0.0, self.there.reach, (5**0.5 - 1) / 2
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        gains = [self.there.gain(effect, dose, targets) for dose in (left, right)]
-        while high - low > 1e-2 * self.there.reach:
-            if gains[0] > gains[1]:
-                high, right, gains[1] = right, left, gains[0]
-                left = high - ratio * (high - low)
-                gains[0] = self.there.gain(effect, left, targets)
-            else:
-                low, left, gains[0] = left, right, gains[1]
-                right = low + ratio * (high - low)
-                gains[1] = self.there.gain(effect, right, targets)
-        return (low + high) / 2
 
     def _outcomes(
         self,
@@ -321,7 +306,8 @@ class HSAESteer(L.LightningModule):
 def readings(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of metrics.parquet: means over concepts, for each source, level and dose."""
     names = {
-        "leakage": ("steering_leakage", "nat"), "leakage_logit": ("steering_leakage.logit_share", "1"),
+        "leakage": ("steering_leakage", "nat"),
+        "leakage_logit": ("steering_leakage.logit_share", "1"),
         "gain": ("steering_leakage.gain", "nat"), "success": ("steering_success", "1"),
         "log_perplexity_change": ("steering_log_perplexity", "nat"),
         "hedges_g": ("steering_hedges_g", "1"), "alpha": ("steering_dose", "resid"),
@@ -341,4 +327,20 @@ def readings(table: pd.DataFrame) -> pd.DataFrame:
                     **where, "metric": metric, "unit": unit, "value": value, "n": len(there),
                     "scale": asked,
                 })  # fmt: skip
+    at_one = table[(table["asked"] == CLAIMED) & table["reached"]]
+    for (source, level), rows in at_one.groupby(["source", "level"], sort=True):
+        found.append({
+            "symbol": "other", "split": "test", "metric": f"steering_leakage.{source}_{level}",
+            "unit": "nat", "value": float(rows["leakage"].mean()), "n": len(rows),
+        })  # fmt: skip
     return pd.DataFrame(found)
+
+
+def examples(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of examples.parquet: one a concept and direction, concepts being what is independent."""
+    number = pd.factorize(table["synset"])[0]
+    key = table["source"] + ":" + table["level"] + ":" + table["asked"].map("{:g}".format)
+    columns = table[["source", "draw", "reached", "gain", "leakage", "leakage_logit", "success"]]
+    return columns.assign(
+        example=number, split="test", cluster=table["synset"].astype(str), intervention=key,
+    )  # fmt: skip
