@@ -276,9 +276,8 @@ class Grokking(L.LightningModule):
         if self.shared is not None:
             return self.shared.probe_accuracy()
         probe = self.task.probe.to(self.device)
-        if is_followed:
-            self._grid = self.model.grid_logits()
-        logits = self._grid[probe.a, probe.b] if is_followed else self.model.logits(probe)
+        self._grid = grid = self.model.grid_logits() if is_followed else None
+        logits = self.model.logits(probe) if grid is None else grid[probe.a, probe.b]
         return float((logits.argmax(dim=-1) == probe.answer).double().mean())
 
     def grid_logits(self) -> Float[Tensor, "p p d_vocab"]:
