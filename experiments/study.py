@@ -1,6 +1,7 @@
 """Run what a recorded study lacks, and keep each run's record as it finishes.
 
-    python experiments/study.py experiments/<study> [--only ARM ...] [--variants V ...] [--jobs N]
+    python experiments/study.py experiments/<study> [--only ARM ...] [--variants V ...]
+        [--seeds S ...] [--jobs N]
 
 A study's folder holds design.yaml (command, axes), registered before its first run. Finished runs
 lie under runs/ as run.json, config.yaml, claims.json, metrics.parquet and times.parquet, with the
@@ -76,6 +77,7 @@ def main() -> int:
     parser.add_argument("study", type=Path)
     parser.add_argument("--only", nargs="*", default=[], help="conditions, e.g. --only high_wd")
     parser.add_argument("--variants", nargs="*", default=[], help="of a design that has some")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[], help="some of the design's")
     parser.add_argument("--jobs", type=int, default=1, help="runs or blocks at a time")
     options = parser.parse_args()
     study: Path = options.study.resolve()
@@ -83,10 +85,14 @@ def main() -> int:
     if design.get("needs") == "cuda" and not has_gpu():
         print(f"{study.name} is registered for a GPU, and torch finds none here; nothing was run")
         return 2
+    if unknown := set(options.seeds) - set(design["seeds"]):
+        parser.error(f"the design has no seed {min(unknown)}; it has {design['seeds']}")
+    if options.seeds and "replicas" in design:
+        parser.error("--seeds: this design trains all seeds of an arm in one block")
     variants = design.get("variants", {"": []})
     do = work_in_blocks if "replicas" in design else work
     return max(
-        do(study / name, *_of_variant(design, variant), options.only, options.jobs)
+        do(study / name, *_of_variant(design, variant), options)
         for name, variant in variants.items()
         if name in (options.variants or variants)
     )
@@ -143,11 +149,11 @@ def done_seeds(folder: Path, condition: str, words: list[str]) -> set[int]:
 
 
 def work_in_blocks(
-    folder: Path, design: dict[str, Any], variant: list[str], only: list[str], jobs: int
+    folder: Path, design: dict[str, Any], variant: list[str], options: argparse.Namespace
 ) -> int:
     """Do the missing arms of a design, all seeds of one in a block; keep what is finished."""
     folder.mkdir(exist_ok=True)
-    seeds, more = design["seeds"], design.get("keep", [])
+    seeds, more, only = design["seeds"], design.get("keep", []), options.only
     keep_all(folder, more)
     arms = [
         (condition, words)
@@ -164,7 +170,7 @@ def work_in_blocks(
     failed = 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is finished is kept then, too
     try:
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(options.jobs) as pool:
             asked = [
                 pool.submit(run, condition, words)
                 for condition, words in arms
@@ -186,15 +192,15 @@ def work_in_blocks(
 
 
 def work(
-    folder: Path, design: dict[str, Any], variant: list[str], only: list[str], jobs: int
+    folder: Path, design: dict[str, Any], variant: list[str], options: argparse.Namespace
 ) -> int:
     """Do the missing runs of a design, or of one variant of it, in a folder."""
     folder.mkdir(exist_ok=True)
     conditions, seeds, more = design["conditions"], design["seeds"], design.get("keep", [])
-    chosen = [condition for condition in conditions if condition in (only or conditions)]
-    order = list(itertools.product(seeds, chosen))
-    if jobs > 1:
-        order = [(seed, condition) for condition in chosen for seed in seeds]
+    chosen = [condition for condition in conditions if condition in (options.only or conditions)]
+    order = list(itertools.product(options.seeds or seeds, chosen))
+    if options.jobs > 1:
+        order.sort(key=lambda one: chosen.index(one[1]))
     keep(folder, more)
 
     def do(seed: int, condition: str) -> bool:
@@ -206,7 +212,7 @@ def work(
         return subprocess.call([sys.executable, "-m", "allostasis", *words], cwd=folder) != 0
 
     failed = 0
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         for has_failed in pool.map(lambda one: do(*one), order):
             failed += has_failed
             keep(folder, more)

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -51,3 +52,14 @@ def test_makefile_has_a_target_for_every_experiment() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     for path in (ROOT / "conf" / "exp").glob("*.yaml"):
         assert re.search(rf"^{path.stem}:", text, flags=re.MULTILINE)
+
+
+def test_the_lab_records_index_is_what_its_command_writes() -> None:
+    code = "import index; print(index.index(), end='')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "experiments", check=True, capture_output=True
+    )
+    text = (ROOT / "experiments" / "README.md").read_bytes()
+    assert done.stdout == text, "run `make index`"
+    for study in (ROOT / "experiments").glob("*/README.md"):
+        assert f"[{study.parent.name}](#{study.parent.name})".encode() in text

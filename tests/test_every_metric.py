@@ -28,7 +28,7 @@ from allostasis.instrument import (
     specimen,
 )
 from allostasis.metrics.amplitude_param import AmplitudeParam
-from allostasis.metrics.base import GAUGES, Metric, Reading, Snapshot, discover
+from allostasis.metrics.base import GAUGES, Coding, Metric, Reading, Snapshot, discover
 from allostasis.metrics.fourier_gini import gini
 from allostasis.metrics.routing_drift import jensen_shannon, routing_drift
 
@@ -43,6 +43,8 @@ PSEUDO_NEEDS = {
     *("foils", "clean_logits"),
     *("logits", "labels", "classes", "params", "before", "grads"),
     *("modulus", "grid_logits", "train_pairs", "key_frequencies", "ablated_losses", "features"),
+    *("coding", "members", "matches", "decoder", "other_decoders", "truth", "token_losses"),
+    "targets",
 }
 
 every_metric = pytest.mark.parametrize("name", METRICS)
@@ -146,7 +148,7 @@ def _cast(snapshot: Snapshot, dtype: torch.dtype) -> Snapshot:
             return value.to(dtype) if value.is_floating_point() else value
         if isinstance(value, dict):
             return {name: cast(tensor) for name, tensor in value.items()}
-        if isinstance(value, Weights | LayerWeights):
+        if isinstance(value, Weights | LayerWeights | Coding):
             return type(value)(**{field: cast(entry) for field, entry in vars(value).items()})
         if isinstance(value, tuple):
             return tuple(cast(entry) for entry in value)
@@ -203,7 +205,13 @@ def _changed(snapshot: Snapshot, law: str) -> Snapshot:
     assert snapshot.logits is not None
     assert snapshot.grid_logits is not None
     if law == "resid":
-        return replace(snapshot, acts={k: _scaled(k, v) for k, v in snapshot.acts.items()})
+        acts = {k: _scaled(k, v) for k, v in snapshot.acts.items()}
+        assert snapshot.coding is not None
+        assert snapshot.matches is not None
+        tensors = {k: SCALE * v for k, v in vars(snapshot.coding).items() if k != "n_parents"}
+        matches = replace(snapshot.matches, threshold=SCALE * snapshot.matches.threshold)
+        coding = replace(snapshot.coding, **tensors)
+        return replace(snapshot, acts=acts, coding=coding, matches=matches)
     if law == "logit_scale":
         factor, shift = SCALE, 0.0
     else:
@@ -271,6 +279,22 @@ def _no_features(snapshot: Snapshot) -> Snapshot:
     return replace(snapshot, features=torch.zeros_like(snapshot.features))
 
 
+def _one_row(snapshot: Snapshot) -> Snapshot:
+    assert snapshot.coding is not None
+    coding = {k: v if k == "n_parents" else v[:1] for k, v in vars(snapshot.coding).items()}
+    return replace(snapshot, coding=replace(snapshot.coding, **coding))
+
+
+def _useless_site(snapshot: Snapshot) -> Snapshot:
+    losses = snapshot.token_losses
+    return replace(snapshot, token_losses=losses | {"zero": losses["clean"]})
+
+
+def _no_members(snapshot: Snapshot) -> Snapshot:
+    assert snapshot.members is not None
+    return replace(snapshot, members=torch.zeros_like(snapshot.members))
+
+
 UNDEFINED: dict[tuple[str, str], tuple[Callable[[Snapshot], Snapshot], str]] = {
     ("alignment", ""): (_constant_logits, "all logits are equal"),
     ("log_margin", ""): (_constant_logits, "no example has a positive margin"),
@@ -321,6 +345,17 @@ UNDEFINED: dict[tuple[str, str], tuple[Callable[[Snapshot], Snapshot], str]] = {
     ("feature_dimensionality", ""): (_no_features, "the feature is not represented"),
     ("feature_interference", "signal_ratio"): (_no_features, "no other feature interferes"),
     ("features_per_dimension", "polysemanticity"): (_no_features, "no feature is represented"),
+    ("explained_variance", ""): (_one_row, "the activations do not vary"),
+    ("ce_recovered", ""): (_useless_site, "the replacement costs no more than 0.01 nats"),
+    ("dead_fraction", ""): (lambda s: s, "fewer than 100000 rows"),
+    ("purity", ""): (_no_members, "no concept with 3 rows"),
+    ("leakage", ""): (_no_members, "no concept's latent fires"),
+    ("absorption", ""): (_no_members, "no child concept can be judged"),
+    ("feature_split", "f1"): (_no_members, "no row is of a concept with a latent"),
+    ("steering_leakage", "logit_share"): (
+        lambda s: replace(s, logits=s.clean_logits),
+        "the targets' logits did not move",
+    ),
 }
 
 

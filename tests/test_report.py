@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 from scipy import stats
 
 from allostasis import report
-from allostasis.analysis import canvas, document
+from allostasis.analysis import canvas, studies
 from allostasis.analysis.aggregate import Arm, arms, one_a_condition
 from allostasis.analysis.claims import Claim
 from allostasis.analysis.curves import RunView, UndefinedError
@@ -44,17 +45,11 @@ def written(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def markdown_table(text: str, heading: str) -> list[dict[str, str]]:
     """The first table below a heading, a row a mapping."""
-    lines = iter(text.split(f"### {heading}\n", 1)[1].splitlines())
-    rows = [line for line in lines if line.startswith("|")]
-    table = []
-    for line in rows:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if table and len(cells) != len(table[0]):
-            break
-        table.append(cells)
-    heads, _, *body = table
-    end = next((i for i, row in enumerate(body) if row == heads), len(body))
-    return [dict(zip(heads, row, strict=True)) for row in body[:end]]
+    below = re.split(rf"^#+ {re.escape(heading)}\n", text, maxsplit=1, flags=re.MULTILINE)[1]
+    lines = dropwhile(lambda line: not line.startswith("|"), below.splitlines())
+    rows = takewhile(lambda line: line.startswith("|"), lines)
+    heads, _, *body = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+    return [dict(zip(heads, row, strict=True)) for row in body]
 
 
 # ---------------------------------------------------------------- figures
@@ -170,7 +165,7 @@ def test_verdicts_in_the_document_the_json_and_the_records_agree(
     study: Path, written: Path
 ) -> None:
     verdicts = json.loads((written / "verdicts.json").read_text())["grokking"]
-    rows = markdown_table((written / "REPORT.md").read_text(), "Verdicts")
+    rows = markdown_table((written / "REPORT.md").read_text(), "grokking")
     assert [row["claim"] for row in rows] == [verdict["id"] for verdict in verdicts]
     for row, verdict in zip(rows, verdicts, strict=True):
         assert row["verdict"] == f"**{verdict['verdict']}**"
@@ -191,6 +186,11 @@ def test_counts_cover_every_claim(written: Path) -> None:
     (line,) = re.findall(r"^.* undecided of .*$", text, flags=re.MULTILINE)
     *counts, whole = map(int, re.findall(r"\d+", line))
     assert sum(counts) == whole == len(verdicts)
+    (row,) = markdown_table(text, "Claims")
+    assert [
+        int(row[word]) for word in ("supported", "refuted", "equivalent", "undecided")
+    ] == counts
+    assert row["claims"] == str(whole)
 
 
 # ---------------------------------------------------------------- the document
@@ -205,7 +205,7 @@ def test_a_report_made_again_is_the_same_to_the_byte(written: Path) -> None:
 class Page(HTMLParser):
     """Tags that were opened and not closed, tags seen, and addresses of images."""
 
-    VOID = ("meta", "img")
+    VOID = ("meta", "img", "input")
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,6 +260,40 @@ def test_the_document_proves_nothing_and_carries_every_part(written: Path) -> No
         "C1.groks", "seed 8 failed", "not checked: these runs record no commit",
     ):  # fmt: skip
         assert part in text, part
+
+
+def test_a_study_has_its_question_controls_power_and_commands(written: Path) -> None:
+    text = (written / "REPORT.md").read_text()
+    assert "Does weight decay move a modular-addition transformer from amplitude" in text
+    assert "What would refute it: amplitude that does not fall" in text
+    controls = markdown_table(text, "Controls and nulls")
+    decay = next(
+        row for row in controls if row["what else could give the result"].startswith("adam")
+    )
+    assert decay["control arm"] == "none: not excluded"
+    power = {row["claim"]: row for row in markdown_table(text, "Power of what is undecided")}
+    assert power["C4.muon"]["there are"] == "0 seeds"
+    assert power["C4.muon"]["least that could support it"] == "25"
+    assert "- Fewer than the 25 seeds that could support it, with how many there are: " in text
+    assert (
+        "    make install && . .venv/bin/activate\n    python -m allostasis +exp=grokking" in text
+    )
+
+
+def test_instrument_gates_are_told_with_how_far_they_were_off(
+    tmp_path: Path, write_run: Writer
+) -> None:
+    gate = {"name": "I1", "tolerance": 1e-9}
+    for seed, worst in enumerate((1e-12, 1e-3)):
+        gates = {"I1 identity": gate | {"worst": worst, "passed": worst < 1e-9}}
+        status = "done" if worst < 1e-9 else "failed_verification"
+        write_run(tmp_path, "high_wd", seed, every=1000, gates=gates, status=status)
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report/REPORT.md").read_text()
+    (row,) = markdown_table(text, "Instrument gates")
+    assert row == {"gate": "I1 identity", "passed": "1 of 2 runs", "worst": "0.001",
+                   "allowed": "1e-09"}  # fmt: skip
+    assert "instrument gates failed: I1 identity" in text
 
 
 def test_every_picture_of_the_markdown_is_there(written: Path) -> None:
@@ -410,7 +444,7 @@ def test_an_experiment_without_a_report_of_its_own_has_its_values(
 ) -> None:
     write_run(tmp_path, config={"module._target_": "elsewhere.module.Thing"})
     views = [RunView(record) for record in read_runs(tmp_path)]
-    made = document.study("grokking", views, document.Extension(tmp_path, []))
+    made = studies.study("grokking", views, studies.Extension(tmp_path, []))
     assert [table.title for table in made.tables] == ["Exploratory: final values"]
     assert report.main([str(tmp_path)]) == 0
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,10 +18,11 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 from torch.nn import functional
 
+from allostasis.analysis.matching import match_latents
 from allostasis.core.spaces import LayerWeights, Weights
 from allostasis.metrics.accuracy import accuracy
 from allostasis.metrics.alignment import alignment
-from allostasis.metrics.base import GAUGES, Metric, Snapshot, discover, given
+from allostasis.metrics.base import GAUGES, Coding, Metric, Snapshot, discover, given
 from allostasis.metrics.calibration import Calibration
 from allostasis.metrics.cross_entropy import cross_entropy, log_probabilities
 from allostasis.metrics.dprime import Separation, dprime
@@ -117,7 +119,42 @@ def observe(model: ModularTransformer, *, earlier: ModularTransformer) -> Snapsh
         ablated_losses=_ablated_losses(model, tokens, answers),
         features=model.W_U[:, :p],
         feature_density=0.25,
+        token_losses={
+            kind: functional.cross_entropy(scale * logits[:, 2], answers, reduction="none")
+            for kind, scale in (("clean", 1.0), ("sae", 0.5), ("zero", -1.0), ("mean", -0.5))
+        },
+        targets=torch.arange(logits.shape[-1]) < 2,
+        controls=torch.arange(logits.shape[-1]) == 3,
+        **_coded(answers, d=16),
     )
+
+
+def _coded(answers: Int[Tensor, " row"], *, d: int) -> dict[str, Any]:
+    """A random hierarchical autoencoder of noisy answers; concepts are these, and their halves."""
+    m, c = 2, 3
+    x = _random(8, d, seed=4)[answers] + _random(len(answers), d, seed=8) / 2
+    atoms = _random(m * (1 + c), d, seed=5)
+    codes = (x @ atoms.T - x.norm(dim=1, keepdim=True)).clamp(min=0)
+    members = torch.stack([answers < 3, answers >= 3, *(answers == k for k in (0, 1, 4))], dim=1)
+    parent = (-1, -1, 0, 0, 1)
+    known = torch.ones_like(members)
+    arrays = (codes.numpy(), members.numpy(), known.numpy())
+    return {
+        "coding": Coding(
+            x=x,
+            reconstruction=codes @ atoms / d,
+            codes=codes,
+            n_parents=m,
+            parents_only=codes[:, :m] @ atoms[:m] / d,
+        ),
+        "members": members,
+        "known": known,
+        "matches": match_latents(*arrays, parent=parent, n_parents=m),
+        "decoder": atoms,
+        "other_decoders": (_random(5, d, seed=6),),
+        "truth": _random(len(parent), d, seed=7),
+        "truth_parent": parent,
+    }
 
 
 def _losses(model: ModularTransformer, tokens: Tensor, answers: Tensor) -> Tensor:
@@ -200,18 +237,25 @@ def halves(snapshot: Snapshot) -> tuple[Snapshot, Snapshot]:
 
 
 def _examples(snapshot: Snapshot, chosen: slice) -> Snapshot:
-    names = ("logits", "labels", "foils", "clean_logits", "classes", "losses")
+    names = ("logits", "labels", "foils", "clean_logits", "classes", "losses", "members", "known")
     rows = {name: getattr(snapshot, name) for name in names}
     acts = {name: getattr(snapshot, name) for name in ("acts", "earlier", "initial")}
     return replace(
         snapshot,
         **{name: None if value is None else value[chosen] for name, value in rows.items()},
         ablated_losses=given(snapshot.ablated_losses, "ablated_losses")[..., chosen],
+        token_losses={kind: loss[chosen] for kind, loss in snapshot.token_losses.items()},
+        coding=_rows(given(snapshot.coding, "coding"), chosen),
         **{
             name: {hook: value[chosen] for hook, value in hooks.items()}
             for name, hooks in acts.items()
         },
     )
+
+
+def _rows(coding: Coding, chosen: slice) -> Coding:
+    names = ("x", "reconstruction", "codes", "parents_only")
+    return replace(coding, **{name: given(getattr(coding, name), name)[chosen] for name in names})
 
 
 def _generator(seed: int) -> torch.Generator:

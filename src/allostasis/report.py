@@ -10,22 +10,18 @@ Try:
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from allostasis.analysis.curves import RunView
-    from allostasis.analysis.document import Extension, Study
+    from allostasis.analysis.studies import Study
     from allostasis.analysis.verdicts import Result
     from allostasis.core.records import RunRecord
 
-EXPERIMENTS = "allostasis.experiments."
 HEADS = ("claim", "verdict", "estimate and interval", "why undecided")
 
 
@@ -96,7 +92,7 @@ def _runs(folder: Path) -> list[RunRecord]:
 
 
 def _report(folder: Path, records: Sequence[RunRecord], *, allow_mixed: bool) -> None:
-    from allostasis.analysis import document
+    from allostasis.analysis import document, studies
     from allostasis.analysis.aggregate import IdenticalArmsError
     from allostasis.analysis.claims import ClaimError
     from allostasis.analysis.cross_condition import MixedRunsError
@@ -104,13 +100,13 @@ def _report(folder: Path, records: Sequence[RunRecord], *, allow_mixed: bool) ->
 
     views = [RunView(record) for record in records]
     artefacts: list[Path] = []
-    studies: list[Study] = []
+    made: list[Study] = []
     refused = ""
     try:
-        for exp, subject, group in _by_subject(views):
-            extension = _extension(exp, views)
-            study = document.study(exp, group, extension, subject=subject)
-            studies.append(study)
+        for exp, subject, group in studies.by_subject(views):
+            extension = studies.extension(exp, views)
+            study = studies.study(exp, group, extension, subject=subject)
+            made.append(study)
             if extension.artefacts is not None:
                 own = [view.record for view in group]
                 home = folder / "report" / "cross_condition" / study.anchor
@@ -120,48 +116,12 @@ def _report(folder: Path, records: Sequence[RunRecord], *, allow_mixed: bool) ->
                     refused = f"{study.title}: no matrices over conditions. {error}"
     except (ClaimError, IdenticalArmsError) as error:
         raise UsageError(str(error)) from error
-    about = ", ".join(dict.fromkeys(study.subject for study in studies if study.subject))
+    about = ", ".join(dict.fromkeys(study.subject for study in made if study.subject))
     title = f"Report on {folder.resolve().name}{f': {about}' if about else ''}"
-    written = document.write(title, studies, folder / "report")
-    _print(studies, [*written, *artefacts])
+    written = document.write(title, made, folder / "report")
+    _print(made, [*written, *artefacts])
     if refused:
         raise UsageError(refused)
-
-
-def _by_subject(views: Sequence[RunView]) -> Iterator[tuple[str, str, list[RunView]]]:
-    """Runs by experiment and, where it takes a pretrained model, by that model."""
-    groups: dict[tuple[str, tuple[str, ...]], list[RunView]] = {}
-    for view in views:
-        groups.setdefault((view.exp, view.subject), []).append(view)
-    for exp, subject in list(groups):
-        named = [other for other in groups if other[0] == exp and other[1]]
-        if not subject and len(named) == 1:  # runs that failed before they had a model
-            groups[named[0]] += groups.pop((exp, subject))
-    titles = [(exp, group[0].title) for (exp, _), group in groups.items()]
-    for (exp, subject), group in groups.items():
-        title = group[0].title if subject else ""
-        is_shared = titles.count((exp, title)) > 1
-        yield exp, ", ".join([title, *subject[1:]]) if is_shared else title, group
-
-
-def _extension(exp: str, views: Sequence) -> Extension:
-    """An experiment's claims, figures and tables: beside the module that its config names."""
-    from allostasis.analysis import claims
-    from allostasis.analysis.document import Extension
-
-    record = next(view.record for view in views if view.exp == exp)
-    target = str(record.config["module"]["_target_"])
-    package = target.rpartition(".")[0].rpartition(".")[0]
-    found = package.startswith(EXPERIMENTS) and importlib.util.find_spec(package)
-    if not found or not found.submodule_search_locations:
-        return Extension(Path(), [])
-    folder = Path(found.submodule_search_locations[0])
-    registered = claims.load(folder, exp)
-    if importlib.util.find_spec(f"{package}.report") is None:
-        return Extension(folder, registered)
-    module = importlib.import_module(f"{package}.report")
-    more = {name: getattr(module, name, None) for name in ("cells", "artefacts")}
-    return Extension(folder, registered, module.figures, module.tables, **more)
 
 
 def _print(studies: Sequence[Study], written: Sequence[Path]) -> None:

@@ -83,7 +83,7 @@ def run(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[st
             raise
         finally:
             file.finish(status, facts, error)
-            loggers.close(logger, exit_code=int(status != "done"))
+            loggers.close(logger, folder=folder)
         return file.content
 
 
@@ -122,14 +122,20 @@ def open_run(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) 
 def read_first(cfg: DictConfig, folder: Path) -> dict[str, RunRecord]:
     """The finished runs of other arms or experiments that this one reads; the missing are made.
 
+    `module.reads` names arms of the same experiment, `module.reads_of` an arm of each of some other
+    experiments, `module.top_k_from` an experiment whose arm has this one's name.
+
     This run is built once before, so that what is wrong with it is told before others are made.
     """
     conditions, exp = cfg.module.get("reads") or [], cfg.module.get("top_k_from")
-    if conditions or exp:
+    others = dict(cfg.module.get("reads_of") or {})
+    if exp:
+        others[exp] = cfg.condition
+    if conditions or others:
         build_all(cfg, devices.resolve(cfg.device))
     found = {c: locate.finished(cfg, c, run, beside=folder) for c in conditions}
-    if exp:
-        found[exp] = locate.finished(cfg, cfg.condition, run, beside=folder, exp=exp)
+    for exp, condition in others.items():
+        found[exp] = locate.finished(cfg, condition, run, beside=folder, exp=exp)
     return found
 
 

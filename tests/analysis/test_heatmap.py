@@ -108,7 +108,10 @@ def test_the_picture_hatches_what_is_missing_and_shares_the_limits(one: HeadMap)
         assert [patch.get_xy() for patch in hatched] == [(-0.5, 0.5)]
         assert left.collections[0].get_clim() == (-4.0, 4.0)
         assert left.get_ylim() == (1.5, -0.5)  # layer 0 on top
-        assert [t.get_text() for t in drawn.legends[0].get_texts()] == ["ablated", "not measured"]
+        told = [text.get_text() for text in drawn.legends[0].get_texts()]
+        assert told == ["ablated", "well below 0", "not measured"]
+        minus = [line for line in left.lines if line.get_marker() == "_"]
+        assert [line.get_xydata().tolist() for line in minus] == [[[2.0, 0.0]], [[2.0, 1.0]]]
         plt.close(drawn)
 
 

@@ -626,3 +626,15 @@ def test_log_hazard_ratio_is_near_that_of_exponential_times(rng: np.random.Gener
     assert abs(estimate - math.log(1.3)) < 4 * error
     with pytest.raises(UndefinedError, match="no event came"):
         st.log_hazard_ratio((fast, ~none), (slow, ~none))
+
+
+def test_log_rank_of_arms_that_leave_nothing_to_compare_says_so() -> None:
+    alone = np.array([300.0]), np.array([False])
+    with pytest.raises(UndefinedError, match="no event came while both arms had runs left"):
+        st.log_rank(alone, alone)
+
+
+def test_t_interval_of_nearly_equal_values_is_told_without_a_warning() -> None:
+    values = 1 + 1e-15 * np.arange(5)
+    interval = st.t_interval(values)
+    assert interval.low < values.mean() < interval.high

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from allostasis.analysis import statistics as st
 from allostasis.analysis.canvas import (
-    ARM_COLOURS,
     GREEN,
     GREY,
     INK,
@@ -18,7 +18,9 @@ from allostasis.analysis.canvas import (
     STEPS,
     Quantity,
     count,
+    looks,
     style,
+    wrapped,
 )
 from allostasis.analysis.curves import Curve, UndefinedError
 
@@ -50,7 +52,7 @@ def overlay(
     """Quantities against steps: a panel a quantity, a colour an arm, every seed thin.
 
     Args:
-        arms: At most as many as there are colours.
+        arms: One line style each.
         quantities: From top to bottom.
         ceiling: Of the first quantities, by place: the best that any model can reach, dashed.
     """
@@ -60,13 +62,13 @@ def overlay(
             squeeze=False,
         )  # fmt: skip
         for place, (axis, quantity) in enumerate(zip(axes[:, 0], quantities, strict=True)):
-            for arm, colour in zip(arms, ARM_COLOURS, strict=False):
+            for arm, look in zip(arms, looks(), strict=False):
                 curves = _curves(arm, quantity)
                 if curves:
-                    _bundle(axis, curves, colour, f"{arm.condition}, {count(arm)}")
+                    _bundle(axis, curves, look, f"{arm.condition}, {count(arm)}")
             if ceiling is not None and place in ceiling:
                 axis.axhline(ceiling[place], color=INK, ls="--", lw=1)
-            axis.set_ylabel(quantity.label)
+            axis.set_ylabel(wrapped(quantity.label))
         axes[-1, 0].set_xlabel(STEPS)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
@@ -83,13 +85,14 @@ def _curves(arm: Arm, quantity: Quantity) -> list[Curve]:
     return found
 
 
-def _bundle(axis: Axes, curves: Sequence[Curve], colour: str, label: str) -> None:
+def _bundle(axis: Axes, curves: Sequence[Curve], look: tuple[str, str], label: str) -> None:
     """Seeds as thin lines; mean and 95 % t interval at the steps that all have, from three up."""
+    colour, dashes = look
     for curve in curves:
         axis.plot(curve.steps, curve.values, color=colour, lw=0.5, alpha=0.5)
     steps = sorted(set.intersection(*({*curve.steps.tolist()} for curve in curves)))
     values = np.array([np.interp(steps, curve.steps, curve.values) for curve in curves])
-    axis.plot(steps, values.mean(axis=0), color=colour, lw=1.8, label=label)
+    axis.plot(steps, values.mean(axis=0), color=colour, ls=dashes, lw=1.8, label=label)
     if len(curves) < 3:
         return
     ends = [_ends(column) for column in values.T]
@@ -123,13 +126,13 @@ def divergence(arms: Sequence[Arm], control: str, quantities: Sequence[Quantity]
         )  # fmt: skip
         for axis, quantity in zip(axes[:, 0], quantities, strict=True):
             axis.axhline(0, color=INK, lw=0.8)
-            for arm, colour in zip(others, ARM_COLOURS[1:], strict=False):
+            for arm, look in zip(others, islice(looks(), 1, None), strict=False):
                 pairs = _differences(arm, base, quantity)
                 if len(pairs) < 3:
                     continue
-                _bundle(axis, pairs, colour, arm.condition)
-                _mark_first(axis, pairs, colour)
-            axis.set_ylabel(quantity.label)
+                _bundle(axis, pairs, look, arm.condition)
+                _mark_first(axis, pairs, look[0])
+            axis.set_ylabel(wrapped(quantity.label))
         axes[-1, 0].set_xlabel(STEPS)
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
@@ -180,7 +183,7 @@ def ends(arms: Sequence[Arm], quantities: Sequence[Quantity]) -> Canvas:
                         medianprops={"color": INK},
                     )  # fmt: skip
                 axis.plot(values, np.full(len(values), row), "o", ms=3.5, color=INK, alpha=0.7)
-            axis.set_xlabel(quantity.label)
+            axis.set_xlabel(wrapped(quantity.label))
             axis.grid(visible=False, axis="y")
             axis.locator_params(axis="x", nbins=4)
         axes[0, 0].set_yticks(range(len(arms)), [arm.condition for arm in arms])
@@ -229,7 +232,7 @@ def by_position(arms: Sequence[Arm], metric: str, label: str, split: str) -> Can
     """A metric at each position at the end of the run: a line an arm, the mean over seeds."""
     with style() as plt:
         figure, axis = plt.subplots(figsize=(7.4, 3.6))
-        for arm, colour in zip(arms, ARM_COLOURS, strict=False):
+        for arm, (colour, dashes) in zip(arms, looks(), strict=False):
             profiles = []
             for run in arm.runs:
                 rows = run.table(metric, split=split)
@@ -238,7 +241,7 @@ def by_position(arms: Sequence[Arm], metric: str, label: str, split: str) -> Can
             profiles = [profile for profile in profiles if len(profile)]
             if profiles:
                 values = np.mean(profiles, axis=0)
-                axis.plot(np.arange(len(values)), values, color=colour, lw=1.4,
+                axis.plot(np.arange(len(values)), values, color=colour, ls=dashes, lw=1.4,
                           label=f"{arm.condition}, {count(arm)}")  # fmt: skip
         if not axis.lines:
             raise UndefinedError(f"{metric} was not recorded by position")

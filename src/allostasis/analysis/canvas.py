@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
+import os
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +34,7 @@ INK, GREY, PALE = "#222222", "#777777", "#e8e8e8"
 STEP_COLOURS = "viridis"
 STEPS = "step (optimiser updates)"
 DPI = 130
+LINE = 24  # characters of an axis label
 MIN_WIDTH = 7.2  # inches, so that a legend below a single panel has room
 
 
@@ -83,7 +87,8 @@ def style() -> Iterator[Any]:
     """Matplotlib's pyplot in the report's style, drawing to memory only."""
     import matplotlib as mpl
 
-    mpl.use("Agg")
+    if "MPLBACKEND" not in os.environ:  # as in a notebook, which shows what a cell returns
+        mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     settings: Any = {
@@ -110,12 +115,39 @@ def style() -> Iterator[Any]:
 
 def png(figure: Figure) -> bytes:
     """Draw a figure as PNG; the same records give the same bytes."""
+    return rendered(figure.draw())
+
+
+def rendered(drawn: Canvas) -> bytes:
+    """A drawn figure as PNG; it stays usable, though pyplot no longer keeps it."""
     with style() as plt:
-        canvas = figure.draw()
         buffer = io.BytesIO()
-        canvas.savefig(buffer, format="png", metadata={"Software": None})
-        plt.close(canvas)
+        drawn.savefig(buffer, format="png", metadata={"Software": None})
+        plt.close(drawn)
     return buffer.getvalue()
+
+
+DASHES = ("-", "--", ":", "-.")
+
+
+def looks() -> Iterator[tuple[str, str]]:
+    """Colour and dashes of one arm after another, told apart in grey print as well.
+
+    Example:
+        >>> found = looks()
+        >>> len({next(found) for _ in range(24)})
+        24
+    """
+    yield from itertools.cycle(
+        (colour, DASHES[(place + round_) % len(DASHES)])
+        for round_ in range(len(DASHES))
+        for place, colour in enumerate(ARM_COLOURS)
+    )
+
+
+def wrapped(label: str) -> str:
+    """An axis label in lines as long as a low panel has room for."""
+    return textwrap.fill(label, LINE)
 
 
 def count(arm: Arm) -> str:

@@ -22,6 +22,7 @@ from allostasis.analysis.canvas import (
     STEPS,
     Quantity,
     count,
+    looks,
     style,
 )
 from allostasis.analysis.curves import RunView, UndefinedError
@@ -40,6 +41,10 @@ EVENTS: Events = {
     "t_clean": ("cleanup begins (t_clean)", "s"),
     "t_grok": ("generalised (T_grok)", "*"),
 }
+
+
+TERM_LOOKS = ((ORANGE, "--"), (GREEN, "-."), (INK, "-"))
+"""Of log A, log G and their sum."""
 
 
 def phase_diagram(
@@ -241,9 +246,9 @@ def _heads(axis: Axes, arm: Arm, quantity: Quantity) -> None:
     heads = sorted({
         (int(layer), int(head)) for layer, head in zip(rows["layer"], rows["head"], strict=True)
     })
-    for (layer, head), colour in zip(heads, ARM_COLOURS, strict=False):
+    for (layer, head), (colour, dashes) in zip(heads, looks(), strict=False):
         curve = run.curve(quantity.metric, split=quantity.split, layer=layer, head=head)
-        axis.plot(curve.steps, curve.values, color=colour, label=f"head {layer}.{head}")
+        axis.plot(curve.steps, curve.values, color=colour, ls=dashes, label=f"head {layer}.{head}")
     first = run.curve(quantity.metric, split=quantity.split, layer=heads[0][0], head=heads[0][1])
     rate = arm.setting("module.lr") * arm.setting("module.weight_decay")
     # each factor of a product of two weights decays by itself
@@ -262,14 +267,14 @@ def terms(arms: Sequence[Arm], quantities: Sequence[Quantity], unit: str) -> Can
             sharey=True,
         )
         for axis, arm in zip(axes[0], arms, strict=True):
-            for quantity, colour in zip(quantities, (ORANGE, GREEN, INK), strict=False):
+            for quantity, (colour, dashes) in zip(quantities, TERM_LOOKS, strict=True):
                 curves = [quantity.of(run) for run in arm.runs]
                 for curve in curves:
                     axis.plot(curve.steps, curve.values, color=colour, lw=0.5, alpha=0.4)
                 shared = min(curve.steps[-1] for curve in curves)
                 steps = curves[0].steps[curves[0].steps <= shared]
                 values = np.mean([np.interp(steps, c.steps, c.values) for c in curves], axis=0)
-                axis.plot(steps, values, color=colour, lw=2, label=quantity.label)
+                axis.plot(steps, values, color=colour, ls=dashes, lw=2, label=quantity.label)
             axis.set_title(f"{arm.condition}, {count(arm)}")
             axis.set_xlabel(STEPS)
             axis.locator_params(axis="x", nbins=5)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 COLOURS = "RdBu_r"  # diverging, told apart with every kind of colour vision
 HATCH = "//////"
+SIGNED = 0.2  # of the limit: cells further below 0 have a minus, for print without colour
+DARK = 0.6  # of the limit: from here on a dark mark would not be seen
 CELL = 0.2  # inches, the least height of a layer
 STOPS = 9  # colours of the page's scale
 
@@ -120,6 +122,8 @@ def draw(maps: Sequence[HeadMap]) -> Canvas:
         handles = []
         if any(len(one.marked) for one in maps):
             handles.append(plt.Rectangle((0, 0), 1, 1, fc="none", ec=INK, lw=1.6, label="ablated"))
+        if any((one.values < -SIGNED * one.limit).any() for one in maps):
+            handles.append(plt.Line2D([], [], ls="", marker="_", color=INK, label="well below 0"))
         if any(not np.isfinite(one.values).all() for one in maps):
             missing = plt.Rectangle(
                 (0, 0), 1, 1, fc="white", ec=GREY, hatch=HATCH, lw=0, label="not measured"
@@ -144,6 +148,10 @@ def _panel(axis: Axes, one: HeadMap) -> object:
                 (head - 0.5, layer - 0.5), 1, 1, fc="white", ec=GREY, hatch=HATCH, lw=0, zorder=0.5
             )
         )
+    share = -one.values / one.limit
+    for there, colour in ((share > SIGNED) & (share <= DARK), INK), (share > DARK, "white"):
+        below = np.argwhere(there)
+        axis.plot(below[:, 1], below[:, 0], ls="", marker="_", ms=5, color=colour, zorder=2)
     for layer, head in one.marked:
         axis.add_patch(
             Rectangle((head - 0.5, layer - 0.5), 1, 1, fc="none", ec=INK, lw=1.6, zorder=3)

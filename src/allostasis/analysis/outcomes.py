@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from allostasis.analysis.canvas import ARM_COLOURS, GREY, INK, PALE, STEPS, count, style
+from allostasis.analysis.canvas import GREY, INK, MIN_WIDTH, PALE, STEPS, count, looks, style
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.survival import kaplan_meier
 
@@ -19,29 +18,17 @@ if TYPE_CHECKING:
     from allostasis.analysis.aggregate import Arm
     from allostasis.analysis.verdicts import Result
 
-DASHES = ("-", "--", ":", "-.")
+NARROW = 20  # ratio of an axis's ends
 BOX_FROM = 5  # seeds: quartiles of fewer are the points themselves
-
-
-def _looks() -> Iterator[tuple[str, str]]:
-    """Colour and dashes of one arm after another, without end: each colour anew, dashed otherwise.
-
-    Example:
-        >>> looks = _looks()
-        >>> len({next(looks) for _ in range(24)})
-        24
-    """
-    for dashes in itertools.cycle(DASHES):
-        for colour in ARM_COLOURS:
-            yield colour, dashes
 
 
 def survival(arms: Sequence[Arm], event: str, label: str) -> Canvas:
     """Kaplan-Meier curve of each arm with its log-log Greenwood band."""
     with style() as plt:
-        figure, axis = plt.subplots(figsize=(6.6, 3.6))
+        legend_rows = len(arms) // 2 + 1
+        figure, axis = plt.subplots(figsize=(MIN_WIDTH, 3.4 + 0.2 * legend_rows))
         end = max(run.last_step for arm in arms for run in arm.runs)
-        for arm, (colour, dashes) in zip(arms, _looks(), strict=False):
+        for arm, (colour, dashes) in zip(arms, looks(), strict=False):
             times, censored = arm.times_to(event)
             curve = kaplan_meier(times, censored)
             steps = np.concatenate([[0], curve.times, [times.max()]])
@@ -85,7 +72,7 @@ def survival(arms: Sequence[Arm], event: str, label: str) -> Canvas:
         censored_mark = plt.Line2D(
             [], [], marker="|", ls="", color=GREY, ms=12, mew=1.8, label="censored (run ended)"
         )
-        figure.legend(handles=[*handles, censored_mark], loc="outside lower center", ncols=3)
+        figure.legend(handles=[*handles, censored_mark], loc="outside lower center", ncols=2)
     return figure
 
 
@@ -93,7 +80,7 @@ def event_times(arms: Sequence[Arm], event: str, label: str) -> Canvas:
     """Box and points of the time to an event; arrows mark runs that ended before it came."""
     with style() as plt:
         figure, axis = plt.subplots(figsize=(6.6, 0.8 * len(arms) + 1.4))
-        for row, (arm, (colour, _)) in enumerate(zip(arms, _looks(), strict=False)):
+        for row, (arm, (colour, _)) in enumerate(zip(arms, looks(), strict=False)):
             times, censored = arm.times_to(event)
             if len(times) >= BOX_FROM and not censored.any():
                 axis.boxplot(
@@ -155,6 +142,16 @@ def forest(results: Sequence[Result]) -> Canvas:
     return figure
 
 
+def _plain_ticks(axis: Axes, *, is_narrow: bool) -> None:
+    """Numbers, not powers of ten, at a logarithmic axis; round ones where it has no decade."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    if is_narrow:
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
 def _forest_row(axis: Axes, result: Result) -> None:
     claim, interval = result.claim, result.interval
     assert result.inference is not None
@@ -173,6 +170,8 @@ def _forest_row(axis: Axes, result: Result) -> None:
     edges = np.array([places.min() - margin, places.max() + margin])
     low, high = (np.exp(edges) if is_ratio else edges).tolist()
     axis.set_xlim(low, high)
+    if is_ratio:
+        _plain_ticks(axis, is_narrow=high < NARROW * low)
     claimed = {
         "greater": [(bounds[0], high)],
         "less": [(low, bounds[0])],

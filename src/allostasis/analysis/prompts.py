@@ -131,6 +131,33 @@ def stream_variance(examples: pd.DataFrame) -> Pair:
     return column(examples, "stream"), column(examples, "stream_clean")
 
 
+def mean_of(examples: pd.DataFrame, name: str) -> Pair:
+    """A column, so that every row weighs alike, whatever the size of its cluster."""
+    return _over_rows(column(examples, name))
+
+
+def share_above(examples: pd.DataFrame, name: str, level: str) -> Pair:
+    """Share of rows whose column is at least a level; above 0.5, so is the median."""
+    values = column(examples, name)
+    return _over_rows(np.where(np.isnan(values), np.nan, values >= float(level)))
+
+
+def difference_of(examples: pd.DataFrame, name: str, other: str) -> Pair:
+    """A column less another one, row by row."""
+    return _over_rows(column(examples, name) - column(examples, other))
+
+
+def gap_of(examples: pd.DataFrame, name: str, other: str) -> Pair:
+    """1 - the sum of a column over that of another; 0: they are the same, 1: the first is 0."""
+    values, others = column(examples, name), column(examples, other)
+    return others - values, others
+
+
+def _over_rows(values: Column) -> Pair:
+    """A mean over rows as a ratio of sums: their number is the denominator."""
+    return values, np.where(np.isnan(values), np.nan, 1.0)
+
+
 def column(rows: pd.DataFrame, name: str) -> Column:
     """A column of the records.
 

@@ -5,13 +5,55 @@ from __future__ import annotations
 import subprocess
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from allostasis.analysis import claims as claims_module
 from allostasis.analysis.claims import Claim, ClaimError
 from allostasis.analysis.curves import RunView
 
+UNKNOWN = "unknown"
 NAMED = ("allostasis", "python", "torch", "lightning", "numpy", "scipy", "pandas")
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What to type to have a study's finished runs again.
+
+    Attributes:
+        commit: The commit that they ran from; empty where the records name none.
+        lines: Commands, in the order of runs; equal ones once.
+        model: The pretrained model that they need; empty where they train their own.
+        is_dirty: Whether any of the runs was made with changes that the commit does not hold.
+    """
+
+    commit: str
+    lines: tuple[str, ...]
+    model: str
+    is_dirty: bool
+
+    @property
+    def text(self) -> str:
+        """All of it, as a shell takes it."""
+        start = [f"git checkout {self.commit}"] if self.commit else []
+        start += ["make install && . .venv/bin/activate"]
+        if self.model:
+            start += [f"python -m allostasis.doctor   # says how to have {self.model}"]
+        return "\n".join([*start, *self.lines])
+
+
+def commands(runs: Sequence[RunView]) -> list[Commands]:
+    """What reproduces the finished runs, commit by commit."""
+    finished = [run for run in runs if run.status == "done"]
+    return [
+        Commands(
+            "" if commit == UNKNOWN else commit,
+            tuple(dict.fromkeys(_command(run) for run in group)),
+            next((run.title for run in group if run.model), ""),
+            any(run.run.get("dirty") for run in group),
+        )
+        for commit, group in _by(finished, "commit").items()
+    ]
 
 
 def provenance(
@@ -37,7 +79,6 @@ def provenance(
         found = {(run.run.get("versions") or {}).get(key) for run in finished} - {None}
         if found:
             lines.append((key, ", ".join(sorted(str(version) for version in found))))
-    lines += [("command", command) for command in sorted({_command(run) for run in finished})]
     if claims:
         lines += [("claims", frozen_in_commit(finished, folder))]
     return lines
@@ -46,7 +87,7 @@ def provenance(
 def _by(runs: Sequence[RunView], key: str) -> dict[str, list[RunView]]:
     groups: dict[str, list[RunView]] = defaultdict(list)
     for run in runs:
-        groups[str(run.run.get(key) or "unknown")].append(run)
+        groups[str(run.run.get(key) or UNKNOWN)].append(run)
     return dict(sorted(groups.items()))
 
 
@@ -102,7 +143,7 @@ def frozen_in_commit(runs: Sequence[RunView], folder: Path) -> str:
 
 
 def _compare(runs: Sequence[RunView], folder: Path, blob: str) -> str:
-    if blob.startswith("unknown:"):
+    if blob.startswith(f"{UNKNOWN}:"):
         return "not checked: these runs record no commit"
     try:
         text = _git(folder, "show", blob)

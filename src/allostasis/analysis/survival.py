@@ -106,7 +106,8 @@ def log_rank(
         Signed z (positive where `left` has more events than expected) and two-sided p.
 
     Raises:
-        UndefinedError: No run of either arm reached the event.
+        UndefinedError: No run of either arm reached the event, or those that did leave nothing to
+            compare, such as all at once.
 
     Source:
         Mantel (1966), Evaluation of survival data, Cancer Chemother. Rep. 50.
@@ -117,7 +118,10 @@ def log_rank(
         stats.CensoredData(uncensored=times[~censored], right=times[censored])
         for times, censored in (left, right)
     )
-    test = stats.logrank(first, second)
+    with np.errstate(invalid="ignore"):
+        test = stats.logrank(first, second)
+    if not np.isfinite(test.statistic):
+        raise UndefinedError("no event came while both arms had runs left to compare")
     return float(test.statistic), float(test.pvalue)
 
 

@@ -13,6 +13,9 @@ from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.summaries import final
 from allostasis.analysis.text import bracket, number
 
+Times = tuple[np.ndarray, np.ndarray]
+"""Times, and whether each is censored."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -57,11 +60,7 @@ def survival_table(arms: Sequence[Arm], event: str) -> Table:
     for condition, (times, censored) in samples.items():
         curve = st.kaplan_meier(times, censored)
         mean, error = curve.restricted_mean(until)
-        try:
-            z, p = st.log_rank(samples[condition], samples[first])
-            test = "" if condition == first else f"z = {z:.2f}, p = {p:.3g}"
-        except UndefinedError as undefined:
-            test = str(undefined)
+        test = "" if condition == first else _log_rank(samples[condition], samples[first])
         rows.append((
             condition,
             f"{int((~censored).sum())} of {len(times)}",
@@ -79,6 +78,14 @@ def survival_table(arms: Sequence[Arm], event: str) -> Table:
         f"log-rank against {first}",
     )  # fmt: skip
     return Table(f"Steps to {event}", heads, tuple(rows), note)
+
+
+def _log_rank(left: Times, right: Times) -> str:
+    try:
+        z, p = st.log_rank(left, right)
+    except UndefinedError as undefined:
+        return str(undefined)
+    return f"z = {z:.2f}, p = {p:.3g}"
 
 
 def exploratory(arms: Sequence[Arm]) -> Table:

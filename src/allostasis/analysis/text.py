@@ -33,6 +33,16 @@ def leveled(interval: Interval) -> str:
     return f"{100 * interval.level:g} % interval {bracket(interval)}"
 
 
+def counted(n: int, units: str) -> str:
+    """How many of something, given its plural.
+
+    Example:
+        >>> counted(1, "seeds"), counted(0, "clusters")
+        ('1 seed', '0 clusters')
+    """
+    return f"{n} {units.removesuffix('s') if n == 1 else units}"
+
+
 def cell(text: str) -> Markup:
     r"""Text made safe for a cell of a Markdown table: one line, no tags, no column breaks.
 

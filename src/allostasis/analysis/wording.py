@@ -259,6 +259,20 @@ def _confounds(claim: Claim, arms: Sequence[Arm]) -> list[str]:
     return words
 
 
+def doubts(result: Result, arms: Sequence[Arm]) -> list[str]:
+    """What could still be wrong with a verdict: what is not excluded, in a few words each."""
+    if result.claim.all_of:
+        parts = [word for atom in result.atoms for word in doubts(atom, arms)]
+        return list(dict.fromkeys(parts))
+    found = [word for word in _confounds(result.claim, arms) if "not excluded" in word]
+    found = [word.removesuffix(": not excluded") for word in found]
+    found += [text for _, text in _parametrisation(result)]
+    left_out = {} if result.treatment is None else result.treatment.undefined
+    if left_out:
+        found.append(f"{len(left_out)} seeds have no value")
+    return found
+
+
 def _parametrisation(result: Result) -> list[tuple[str, str]]:
     metric = None if result.claim.select is None else result.claim.select.metric
     if metric is None or result.treatment is None or not result.treatment.arm.runs:

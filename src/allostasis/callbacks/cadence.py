@@ -44,6 +44,11 @@ class Cadence:
         self.last: float | None = None
         self.dense_left = 0
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the last probe was in the band or shortly after: a record is due now."""
+        return self.dense_left > 0
+
     def is_due(self, step: int, accuracy: float) -> bool:
         """Take note of a probe and say whether to record at this step.
 

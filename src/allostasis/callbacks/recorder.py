@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from allostasis.callbacks.cadence import Plan
+from allostasis.callbacks.panels import flat
 from allostasis.core.records import (
     EXAMPLES_SCHEMA,
     METRICS_SCHEMA,
@@ -48,8 +49,11 @@ class Observed(Protocol):
     hindsight: frozenset[str]
     """Pseudo-needs that can be met only once the run is over."""
 
-    def probe_accuracy(self) -> float:
-        """Accuracy on the held-out probe: the cheap reading that drives the cadence."""
+    def probe_accuracy(self, *, is_followed: bool = False) -> float:
+        """Accuracy on the held-out probe: the cheap reading that drives the cadence.
+
+        With `is_followed`, snapshots of the same weights are asked for next, whatever it says.
+        """
         ...
 
     def snapshots(self, hooks: Sequence[str], *, full: bool) -> Iterable[Snapshot]:
@@ -154,13 +158,14 @@ class Recorder(Callback):
     ) -> None:
         """Probe; record or evaluate if it is time to."""
         step = pl_module.updates
-        due = (
-            self.cadence.is_due(step, pl_module.probe_accuracy()) or step % self.plan.drift_lag == 0
-        )
-        if due or step % self.eval_every == 0 or pl_module.is_finished:
+        evaluates, is_lag = step % self.eval_every == 0, step % self.plan.drift_lag == 0
+        is_followed = evaluates or is_lag or self.cadence.is_dense
+        probed = pl_module.probe_accuracy(is_followed=is_followed)
+        due = self.cadence.is_due(step, probed) or is_lag
+        if due or evaluates or pl_module.is_finished:
             full = due or pl_module.is_finished
             self._observe(trainer, pl_module, full=full)
-            if step % self.eval_every == 0:
+            if evaluates:
                 pl_module.evaluated(self.latest)
             if pl_module.is_finished and not full:  # the evaluation ended the run
                 self._forget(step)
@@ -212,7 +217,7 @@ class Recorder(Callback):
         if full and len(live) < len(self.metrics):
             self._keep_weights(pl_module, step)
         for logger in trainer.loggers:
-            logger.log_metrics(_flat(rows), step)
+            logger.log_metrics(flat(rows), step)
 
     def _forget(self, step: int) -> None:
         """Drop a step's rows, which a full record is about to repeat."""
@@ -398,6 +403,12 @@ def _provides(snapshot: Snapshot) -> set[str]:
         "grid_logits": snapshot.grid_logits is not None,
         "train_pairs": snapshot.train_pairs is not None,
         "key_frequencies": snapshot.key_frequencies is not None,
+        "coding": snapshot.coding is not None,
+        "members": snapshot.members is not None,
+        "matches": snapshot.matches is not None,
+        "decoder": snapshot.decoder is not None,
+        "truth": snapshot.truth is not None,
+        "token_losses": bool(snapshot.token_losses),
     }
     return {name for name, is_there in fields.items() if is_there}
 
@@ -418,16 +429,3 @@ def describe(metric: Metric | type[Metric]) -> dict[str, Any]:
     """What run.json says of a metric."""
     keys = ("symbol", "unit", "source", "functional", "direction", "audit_key")
     return {key: getattr(metric, key) for key in keys}
-
-
-def _flat(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Rows as a logger's flat names: `test/accuracy`, `amplitude_param/L0/H1`; no spectra."""
-    flat: dict[str, float] = {}
-    for row in rows:
-        if row["position"] is None:
-            indices = [
-                f"{k}{row[c]}" for k, c in (("L", "layer"), ("H", "head")) if row[c] is not None
-            ]
-            words = ([row["split"]] if row["split"] else []) + [row["metric"], *indices]
-            flat["/".join(words)] = row["value"]
-    return flat

@@ -10,8 +10,10 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from lightning.pytorch.callbacks import Callback
 
+from allostasis.callbacks.panels import flat_units
 from allostasis.callbacks.recorder import Identity
 from allostasis.core.records import (
     METRICS_SCHEMA,
@@ -50,10 +52,16 @@ class Tables(Callback):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: object, **__: object
     ) -> None:
         """Write the tables."""
-        del trainer, pl_module
+        del pl_module
         self._write(outputs["tables"])
         for name, content in outputs.get("documents", {}).items():
             write_json(self.folder / f"{name}.json", content)
+        if trainer.loggers:
+            rows = pq.read_table(self.folder / "metrics.parquet").to_pylist()
+            for step in sorted({row["step"] for row in rows}):
+                numbers = flat_units(row for row in rows if row["step"] == step)
+                for logger in trainer.loggers:
+                    logger.log_metrics(numbers, step)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write what is finished, where the module can tell; the run stays unfinished."""

@@ -44,24 +44,26 @@ def sibling(cfg: DictConfig, condition: str) -> DictConfig:
     return other
 
 
-SHARED = ("ablation", "n_donors", "positions", "span", "trajectory")
+SHARED = ("ablation", "n_donors", "positions", "span", "trajectory", "selection")
 """Settings that an experiment hands to the one whose run it reads, if both have them."""
 
 
-def of_experiment(cfg: DictConfig, exp: str) -> DictConfig:
-    """The config of another experiment on the same task, model, condition, seed and device.
+def of_experiment(cfg: DictConfig, exp: str, condition: str) -> DictConfig:
+    """The config of another experiment on the same model, seed and device.
 
-    It is composed with the preset of the command, and takes over what is `SHARED`.
+    It is composed with the preset of the command, and takes over what is `SHARED`, and the task
+    where both have one of the same kind.
 
     Args:
         cfg: The config of the run that reads, as it was composed.
         exp: The other experiment's name in conf/exp/.
+        condition: The arm of it.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
-    words = [f"exp={exp}", f"condition='{cfg.condition}'", f"seed={cfg.seed}"]
+    words = [f"exp={exp}", f"condition='{condition}'", f"seed={cfg.seed}"]
     if HydraConfig.initialized():
         words.append(f"preset={HydraConfig.get().runtime.choices['preset']}")
     if GlobalHydra.instance().is_initialized():
@@ -70,7 +72,9 @@ def of_experiment(cfg: DictConfig, exp: str) -> DictConfig:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
             other = compose("config", words)
     with flag_override(other, ["struct", "readonly"], [False, False]):
-        for field in ("task", "model", "device", "threads", "gates", "allow"):
+        is_same_task = other.task["_target_"] == cfg.task["_target_"]
+        task = ("task",) if is_same_task else ()
+        for field in (*task, "model", "device", "threads", "gates", "allow"):
             other[field] = copy.deepcopy(cfg[field])
         for name in SHARED:
             if name in cfg.module and name in other.module:
@@ -100,7 +104,7 @@ def finished(
     Raises:
         RuntimeError: The run was made and did not end as `done`.
     """
-    other = sibling(cfg, condition) if exp is None else of_experiment(cfg, exp)
+    other = sibling(cfg, condition) if exp is None else of_experiment(cfg, exp, condition)
     own = run_folder(cfg)
     is_usual = beside.parts[-len(own.parts) :] == own.parts
     root = beside.parents[len(own.parts) - 1] if is_usual else beside.parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-NAMES = ("init", "data", "order", "probe", "bootstrap", "donor", "control", "verify")
+NAMES = ("init", "data", "order", "probe", "bootstrap", "donor", "control", "verify", "split")
 
 
 def derive(seed: int, name: str) -> int:

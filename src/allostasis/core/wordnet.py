@@ -60,6 +60,52 @@ def load() -> pa.Table:
     return pq.read_table(pa.BufferReader(content), schema=SCHEMA)
 
 
+class Nouns:
+    """Noun synsets as a graph of what is a kind, or an instance, of what.
+
+    Args:
+        table: Rows of `SCHEMA`.
+
+    Attributes:
+        lemmas: What each synset is called, by offset.
+        hypernyms: What each is a kind of, by offset.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        offsets = table.column("offset").to_pylist()
+        self.lemmas: dict[int, list[str]] = dict(
+            zip(offsets, table.column("lemmas").to_pylist(), strict=True)
+        )
+        self.hypernyms: dict[int, list[int]] = dict(
+            zip(offsets, table.column("hypernyms").to_pylist(), strict=True)
+        )
+        self._above: dict[int, dict[int, int]] = {}
+
+    def ancestors(self, offset: int) -> dict[int, int]:
+        """Everything that a synset is a kind of, with the least number of steps to it.
+
+        Example:
+            >>> table = pa.table({"offset": [1, 2, 3], "lemmas": [["a"], ["b"], ["c"]],
+            ...                   "hypernyms": [[], [1], [2, 1]]})
+            >>> Nouns(table).ancestors(3)
+            {2: 1, 1: 1}
+        """
+        if offset not in self._above:
+            found: dict[int, int] = {}
+            for hypernym in self.hypernyms[offset]:
+                found[hypernym] = 1
+                for above, steps in self.ancestors(hypernym).items():
+                    found[above] = min(found.get(above, steps + 1), steps + 1)
+            self._above[offset] = found
+        return self._above[offset]
+
+
+@lru_cache(maxsize=1)
+def nouns() -> Nouns:
+    """The shipped table as a graph."""
+    return Nouns(load())
+
+
 def build(lines: Sequence[str]) -> pa.Table:
     """The table from the lines of WordNet's own `data.noun`.
 

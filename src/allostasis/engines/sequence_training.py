@@ -175,8 +175,9 @@ class SequenceTraining(L.LightningModule):
     # ------------------------------------------------------------------ what recorders see
 
     @torch.no_grad()
-    def probe_accuracy(self) -> float:
+    def probe_accuracy(self, *, is_followed: bool = False) -> float:
         """Accuracy at the headline positions of the watched held-out sequences."""
+        del is_followed  # snapshots share no forward pass with it
         right = total = 0
         for part in self._pieces(self.task.watched):
             mask = part.groups[part.headline]

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from allostasis.analysis.matching import Matches
 from allostasis.core.spaces import Weights
 
 Axis = Literal["layer", "head", "position"]
@@ -40,6 +41,25 @@ class Score(NamedTuple):
     correct: Bool[Tensor, " token"]
     loss: Float[Tensor, " token"]
     floor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coding:
+    """What a sparse autoencoder makes of activations.
+
+    Attributes:
+        x: The activations, in their own units.
+        reconstruction: What it gives back, in the same units.
+        codes: Its latents, >= 0: parents first, then the children of each in turn.
+        n_parents: How many of them are parents; 0 where there are no levels.
+        parents_only: What it gives back without its children, where it has any.
+    """
+
+    x: Float[Tensor, "row d"]
+    reconstruction: Float[Tensor, "row d"]
+    codes: Float[Tensor, "row latent"]
+    n_parents: int = 0
+    parents_only: Float[Tensor, "row d"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +98,18 @@ class Snapshot:
         ablated_losses: The same with one head replaced.
         features: Directions of features in the hidden space, one column each.
         feature_density: Share of examples in which a feature is active, the same for all.
+        coding: What a sparse autoencoder makes of rows of activations.
+        members: Whether each of these rows is of each concept.
+        known: Whether that is known; where it is not, the row says nothing about the concept.
+        matches: Which latent is which concept, decided on training rows.
+        decoder: Directions that the autoencoder's latents write.
+        other_decoders: The same of autoencoders of other seeds.
+        truth: Directions of the concepts, where they were planted.
+        truth_parent: Of each of these concepts, the one above it, or -1.
+        token_losses: Cross-entropy in nats of the same tokens with the activations as they are
+            (`clean`), reconstructed (`sae`), and replaced by 0 (`zero`) and by their mean (`mean`).
+        targets: Which tokens of the vocabulary a steering vector is for.
+        controls: Other tokens, as frequent as these.
     """
 
     step: int
@@ -108,6 +140,17 @@ class Snapshot:
     ablated_losses: Float[Tensor, "layer head sequence"] | None = None
     features: Float[Tensor, "d feature"] | None = None
     feature_density: float | None = None
+    coding: Coding | None = None
+    members: Bool[Tensor, "row concept"] | None = None
+    known: Bool[Tensor, "row concept"] | None = None
+    matches: Matches | None = None
+    decoder: Float[Tensor, "latent width"] | None = None
+    other_decoders: tuple[Float[Tensor, "_ width"], ...] = ()
+    truth: Float[Tensor, "concept width"] | None = None
+    truth_parent: tuple[int, ...] = ()
+    token_losses: Mapping[str, Float[Tensor, " token"]] = field(default_factory=dict)
+    targets: Bool[Tensor, " vocab"] | None = None
+    controls: Bool[Tensor, " vocab"] | None = None
     _known: dict[tuple[Callable[..., Any], tuple[str, ...]], Any] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -243,7 +286,9 @@ class Metric(torchmetrics.Metric):
         unit: `1`, `bit`, `nat`, `logit`, `resid`, `rad`, `deg`, `step`, `param`, or products.
         needs: Hook patterns in TransformerLens names, and `logits`, `labels`, `classes`, `params`,
             `before`, `grads`, `modulus`, `grid_logits`, `train_pairs`, `key_frequencies`,
-            `ablated_losses`, `features`, `earlier.<hook>`, `initial.<hook>`.
+            `ablated_losses`, `features`, `coding`, `members`, `matches`, `decoder`,
+            `other_decoders`, `truth`, `token_losses`, `targets`, `earlier.<hook>`,
+            `initial.<hook>`.
         reads_also: Hook patterns that are read where the model has them.
         axes: What the values are indexed by, of `layer`, `head`, `position`.
         parts: Names of the numbers beside the main one; `*` stands for any parameter's name.
@@ -492,6 +537,24 @@ def given(value: T | None, name: str) -> T:
             "Whoever takes the snapshot must provide what the metric lists in `needs`."
         )
     return value
+
+
+def held_out(
+    snapshot: Snapshot,
+) -> tuple[Coding, Bool[Tensor, "row concept"], Bool[Tensor, "row concept"], Matches]:
+    """Codes of rows that chose nothing, with what is known of these rows and the matches.
+
+    Raises:
+        ValueError: The rows are those that the matches were made on, or there are no labels.
+    """
+    if snapshot.split == "train":
+        raise ValueError(
+            "concepts were matched to latents on the split `train`; scored on it they would be "
+            "scored on what chose them. Take rows of `val` or `test`"
+        )
+    members = given(snapshot.members, "members")
+    known = torch.ones_like(members) if snapshot.known is None else snapshot.known
+    return given(snapshot.coding, "coding"), members, known, given(snapshot.matches, "matches")
 
 
 def discover(package: str = "allostasis.metrics") -> dict[str, type[Metric]]:

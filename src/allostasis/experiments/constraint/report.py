@@ -11,7 +11,12 @@ from allostasis.analysis import arm_figures as draw
 from allostasis.analysis.aggregate import Arm
 from allostasis.analysis.canvas import Figure, Quantity
 from allostasis.analysis.curves import RunView, UndefinedError
-from allostasis.analysis.figures import phase_diagram
+from allostasis.analysis.plots import (
+    plot_box_plots_variance,
+    plot_overlay_time_series,
+    plot_phase_diagram,
+    plot_time_series_divergence,
+)
 from allostasis.analysis.tables import Table
 from allostasis.analysis.text import number
 
@@ -58,8 +63,10 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "Seeds thin, their mean bold with a 95 % t interval. The published amplitude and "
             "variance stand beside the amplitude at the site of the clamps. Dashed: the accuracy "
             "that the best possible predictor reaches.",
-            lambda: draw.overlay(
-                draw.chosen(arms, MUST), (ACCURACY, SITE, PUBLISHED, VARIANCE), {0: _ceiling(arms)}
+            lambda: plot_overlay_time_series(
+                draw.chosen(arms, MUST),
+                (ACCURACY, SITE, PUBLISHED, VARIANCE),
+                ceiling={0: _ceiling(arms)},
             ),
         ),
         Figure(
@@ -67,10 +74,10 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "Difference from the control",
             "Arm minus control, paired by seed, with a 95 % t interval; dotted: the first record "
             "at which it excludes 0.",
-            lambda: draw.divergence(
+            lambda: plot_time_series_divergence(
                 draw.chosen(trained, (*MUST, "constraint_routing")),
-                "control",
                 (ACCURACY, SITE, LOGIT_SCALE),
+                control="control",
             ),
         ),
         Figure(
@@ -85,14 +92,16 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "Variance by arm",
             "Of the stream behind the last block, at the last position, by the token that is right "
             "there. Clamped arms of phase eval_only are the trained model of `constraint`.",
-            partial(draw.ends, arms, (VARIANCE, WITHIN, BETWEEN)),
+            partial(plot_box_plots_variance, arms, metrics=(VARIANCE, WITHIN, BETWEEN)),
         ),
         Figure(
             "phase_diagram",
             "Phase diagram",
             "Accuracy against two amplitudes; every seed, coloured by step. An arm that does not "
             "reach 85 % has no mark.",
-            lambda: phase_diagram(draw.chosen(arms, MUST), (SITE, LOGIT_SCALE), ACCURACY, BAND),
+            lambda: plot_phase_diagram(
+                draw.chosen(arms, MUST), across=(SITE, LOGIT_SCALE), up=ACCURACY, events=BAND
+            ),
         ),
         Figure(
             "identity",

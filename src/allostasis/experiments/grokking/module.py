@@ -161,6 +161,7 @@ class Grokking(L.LightningModule):
         self.updates = 0
         self.key_frequencies: tuple[int, ...] | None = None
         self._before: dict[str, Tensor] = {}
+        self._grid: Tensor | None = None
         self._candidates: dict[str, tuple[int, dict[str, Tensor]]] = {}
         self._milestones: dict[int, dict[str, Tensor]] = {}
 
@@ -267,13 +268,18 @@ class Grokking(L.LightningModule):
     # ------------------------------------------------------------------ what recorders see
 
     @torch.no_grad()
-    def probe_accuracy(self) -> float:
-        """Accuracy on the probe, a fixed part of the held-out pairs."""
+    def probe_accuracy(self, *, is_followed: bool = False) -> float:
+        """Accuracy on the probe, a fixed part of the held-out pairs.
+
+        Where snapshots follow, the probe is read off the grid of all pairs that they begin with.
+        """
         if self.shared is not None:
             return self.shared.probe_accuracy()
         probe = self.task.probe.to(self.device)
-        hits = self.model.logits(probe).argmax(dim=-1) == probe.answer
-        return float(hits.double().mean())
+        if is_followed:
+            self._grid = self.model.grid_logits()
+        logits = self._grid[probe.a, probe.b] if is_followed else self.model.logits(probe)
+        return float((logits.argmax(dim=-1) == probe.answer).double().mean())
 
     def grid_logits(self) -> Float[Tensor, "p p d_vocab"]:
         """Logits at '=' of every pair, by a and b."""
@@ -282,7 +288,7 @@ class Grokking(L.LightningModule):
     @torch.no_grad()
     def snapshots(self, hooks: Sequence[str], *, full: bool) -> Iterator[Snapshot]:
         """Train and test pairs; with `full` also the probe, the whole grid and the weights."""
-        grid = self.grid_logits()
+        grid, self._grid = self.grid_logits() if self._grid is None else self._grid, None
         weights = self.model.weights()
         for split, pairs in (("train", self.task.train), ("test", self.task.test)):
             yield self._logits_snapshot(split, pairs.to(self.device), grid)

@@ -19,6 +19,7 @@ from allostasis.analysis.aggregate import Arm
 from allostasis.analysis.canvas import Figure, Quantity
 from allostasis.analysis.curves import HIGH, LOW, RunView, UndefinedError
 from allostasis.analysis.estimands import generator
+from allostasis.analysis.plots import plot_phase_diagram
 from allostasis.analysis.tables import Table, event_table, survival_table
 from allostasis.analysis.text import number
 
@@ -65,7 +66,7 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "Test accuracy against three amplitudes; every seed, coloured by step. A_param is the "
             "published one; it changes under a rescaling of V against O that leaves the function "
             "as it is, the logit scale does not.",
-            partial(draw.phase_diagram, arms, AMPLITUDES, ACCURACY),
+            partial(plot_phase_diagram, arms, across=AMPLITUDES, up=ACCURACY),
         ),
         Figure(
             "losses",

@@ -19,6 +19,7 @@ from allostasis.analysis.aggregate import Arm
 from allostasis.analysis.canvas import Figure
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.heatmap import HeadMap
+from allostasis.analysis.plots import plot_heatmap_layer_compensation
 from allostasis.analysis.tables import Table
 from allostasis.analysis.text import number
 
@@ -60,7 +61,7 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "White is 1. The ratio to clean (C) has to be read beside its null, the norm if "
             "nothing downstream reacted; the excess is the logarithm of their ratio. A ratio "
             "above 1 alone is no sign of compensation.",
-            partial(draw.compensation, arms),
+            partial(plot_heatmap_layer_compensation, arms),
         ),
         Figure(
             "heads",

@@ -10,6 +10,7 @@ from allostasis.analysis import suppressor_figures as draw
 from allostasis.analysis.aggregate import Arm
 from allostasis.analysis.canvas import Figure
 from allostasis.analysis.curves import RunView, UndefinedError
+from allostasis.analysis.plots import plot_box_plots_variance
 from allostasis.analysis.tables import Table
 from allostasis.analysis.text import number
 
@@ -41,7 +42,7 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "Variance of what heads write, suppressors beside clean heads",
             "First seed, on sequences that selection never saw. A box needs five heads; fewer are "
             "points.",
-            partial(draw.variances, arms),
+            partial(plot_box_plots_variance, arms),
         ),
         Figure(
             "ratios",

@@ -1,0 +1,210 @@
+"""What the report of `hsae_steer` shows: leakage at equal gain, features' effects, their heads.
+
+A figure that lacks its data raises `UndefinedError` with the reason, which the report prints in its
+place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from allostasis.analysis.canvas import ARM_COLOURS, GREY, INK, RED, Figure, style
+from allostasis.analysis.curves import UndefinedError
+from allostasis.analysis.tables import Table
+from allostasis.analysis.text import number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+    from allostasis.analysis.aggregate import Arm
+
+SOURCES = {
+    "teacher": "teacher's vector", "sae": "autoencoder's atom", "means": "difference of means",
+    "random": "random direction",
+}  # fmt: skip
+MOST = 30  # features in the matrix
+SMALLEST = 1e-6  # nats that a logarithmic axis shows
+
+
+def figures(arms: Sequence[Arm]) -> list[Figure]:
+    """Figures of the experiment, in the report's order."""
+    return [
+        Figure(
+            "leakage", "Leakage at equal gain",
+            "KL(before || after) over tokens that are no members, at the dose at which held-out "
+            "members gain the same; one point a concept of a run, bars are medians. A direction "
+            "that does not reach the gain is counted in the table, not drawn.",
+            partial(leakage, arms),
+        ),
+        Figure(
+            "success", "Success against leakage at equal gain",
+            "Share of contexts whose likeliest token is a member of the concept.",
+            partial(success, arms),
+        ),
+        Figure(
+            "features", "What single features do to the logit difference",
+            "Set to 0, over the prompts in which they are active; features with the largest "
+            "attribution on other prompts, and controls that are active as often.",
+            partial(volcano, arms),
+        ),
+        Figure(
+            "feature_heads", "Which heads can write which feature",
+            "Share of a feature's direction in what a head can write, over its value for a random "
+            "direction (d_head / d_model); features with the largest effect.",
+            partial(matrix, arms),
+        ),
+    ]  # fmt: skip
+
+
+def tables(arms: Sequence[Arm]) -> list[Table]:
+    """Tables of the experiment, in the report's order."""
+    found = []
+    if any(arm.condition != "features" and arm.runs for arm in arms):
+        found.append(_steering_table(_steering(arms)))
+    return found
+
+
+def _read(arms: Sequence[Arm], name: str, *, features: bool) -> pd.DataFrame:
+    pieces = [
+        pd.read_parquet(run.record.folder / f"{name}.parquet").assign(arm=arm.condition)
+        for arm in arms
+        if (arm.condition == "features") == features
+        for run in arm.runs
+    ]
+    if not pieces:
+        wanted = "condition 'features'" if features else "a steering condition"
+        raise UndefinedError(f"not run (no finished run of {wanted})")
+    return pd.concat(pieces, ignore_index=True)
+
+
+def _steering(arms: Sequence[Arm]) -> pd.DataFrame:
+    return _read(arms, "steering", features=False)
+
+
+def _reached(table: pd.DataFrame) -> pd.DataFrame:
+    there = table[table["reached"]]
+    if there.empty:
+        raise UndefinedError("no direction reached its gain")
+    return there
+
+
+def leakage(arms: Sequence[Arm]) -> Canvas:
+    """Points and medians, by source and arm, at the dose that most directions reach."""
+    there = _reached(_steering(arms))
+    asked = there["asked"].value_counts().idxmax()
+    there = there[there["asked"] == asked]
+    names = list(dict.fromkeys(there["arm"]))
+    levels = [level for level in ("parent", "child") if (there["level"] == level).any()]
+    with style() as plt:
+        figure, axes = plt.subplots(
+            1, len(levels), figsize=(4.2 * len(levels) + 1, 3.6), squeeze=False, sharey=True
+        )
+        for axis, level in zip(axes[0], levels, strict=True):
+            for at, name in enumerate(names):
+                colour = ARM_COLOURS[at % len(ARM_COLOURS)]
+                for place, source in enumerate(SOURCES):
+                    rows = there[(there["level"] == level) & (there["source"] == source)]
+                    values = (
+                        rows.loc[rows["arm"] == name, "leakage"].clip(lower=SMALLEST).to_numpy()
+                    )
+                    if not len(values):
+                        continue
+                    x = place + (at - (len(names) - 1) / 2) * 0.7 / len(names)
+                    axis.plot(np.full(len(values), x), values, "o", ms=3, alpha=0.5, color=colour)
+                    axis.hlines(np.median(values), x - 0.08, x + 0.08, color=INK, lw=2)
+            axis.set_xticks(range(len(SOURCES)), [*SOURCES.values()], rotation=20, ha="right")
+            axis.set(yscale="log", title=f"{level} concepts, gain {asked:g} nat")
+        axes[0, 0].set_ylabel("leakage, nat")
+        handles = [
+            plt.Line2D([], [], ls="", marker="o", color=ARM_COLOURS[i % len(ARM_COLOURS)], label=n)
+            for i, n in enumerate(names)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(names)))
+    return figure
+
+
+def success(arms: Sequence[Arm]) -> Canvas:
+    """One line a source, over doses."""
+    there = _reached(_steering(arms))
+    with style() as plt:
+        figure, axis = plt.subplots(figsize=(6, 3.8))
+        for colour, (source, label) in zip(ARM_COLOURS, SOURCES.items(), strict=False):
+            rows = there[there["source"] == source]
+            if rows.empty:
+                continue
+            means = rows.groupby("asked")[["leakage", "success"]].mean()
+            axis.plot(means["leakage"], means["success"], "o-", color=colour, label=label)
+        axis.set(xlabel="leakage, nat", ylabel="share of contexts", xscale="log")
+        axis.legend(loc="best")
+    return figure
+
+
+def volcano(arms: Sequence[Arm]) -> Canvas:
+    """Effect on the logit difference against its q-value."""
+    impact = _read(arms, "feature_impact", features=True)
+    rows = impact[(impact["kind"] == "zero") & (impact["metric"] == "logit_diff")]
+    rows = rows[rows["q_value"].notna()]
+    if rows.empty:
+        raise UndefinedError("no feature was active in enough prompts")
+    with style() as plt:
+        figure, axis = plt.subplots(figsize=(6, 3.8))
+        for role, colour in (("control", GREY), ("attribution", RED)):
+            some = rows[rows["role"] == role]
+            q = -np.log10(np.maximum(some["q_value"].astype(float), 1e-30))
+            axis.plot(some["value"], q, "o", ms=4, alpha=0.7, color=colour, label=role)
+        axis.axhline(-np.log10(0.05), color=INK, ls=":", lw=1, label="q = 0.05")
+        axis.set(xlabel="change of the logit difference, logit", ylabel="-log10 q")
+        axis.legend(loc="best")
+    return figure
+
+
+def matrix(arms: Sequence[Arm]) -> Canvas:
+    """Features with the largest effect against heads."""
+    impact = _read(arms, "feature_impact", features=True)
+    rows = impact[(impact["kind"] == "zero") & (impact["metric"] == "logit_diff")]
+    effect = rows.groupby("feature")["value"].mean().abs().dropna().sort_values(ascending=False)
+    if effect.empty:
+        raise UndefinedError("no feature was active")
+    aligned = _read(arms, "feature_head_alignment", features=True)
+    aligned = aligned[aligned["feature"].isin(effect.index[:MOST])]
+    ratio = (aligned["share"] / aligned["share_null"]).rename("ratio")
+    table = pd.concat([aligned[["feature", "layer", "head"]], ratio], axis=1)
+    grid = table.pivot_table(index="feature", columns=["layer", "head"], values="ratio")
+    grid = grid.reindex(effect.index[:MOST])
+    with style() as plt:
+        figure, axis = plt.subplots(figsize=(8, 0.16 * len(grid) + 1.6))
+        axis.grid(visible=False)
+        image = axis.imshow(grid.to_numpy(), aspect="auto", cmap="viridis", vmin=0)
+        figure.colorbar(image, ax=axis, label="share / null")
+        layers = grid.columns.get_level_values("layer").to_numpy()
+        first = np.flatnonzero(np.diff(layers, prepend=-1))[:: max(1, len(set(layers)) // 10)]
+        axis.set_xticks(first, [str(layer) for layer in layers[first]])
+        axis.set_yticks(range(len(grid)), [str(feature) for feature in grid.index], fontsize=6)
+        axis.set(xlabel="head, by layer", ylabel="feature")
+    return figure
+
+
+def _steering_table(table: pd.DataFrame) -> Table:
+    rows = []
+    by = ["arm", "source", "level", "asked"]
+    for (arm, source, level, asked), some in table.groupby(by, sort=True):
+        there = some[some["reached"]]
+        cells = [
+            number(float(there[name].mean())) if len(there) else "-"
+            for name in ("leakage", "leakage_logit", "success", "log_perplexity_change", "hedges_g")
+        ]
+        share = f"{len(there)} of {len(some)}"
+        rows.append((str(arm), SOURCES[str(source)], str(level), f"{asked:g}", share, *cells))
+    return Table(
+        "Steering at equal gain",
+        ("arm", "direction", "concepts", "gain, nat", "reached", "leakage, nat", "logit share",
+         "success", "log perplexity, change", "Hedges' g"),
+        tuple(rows),
+        "Means over the concepts that reached the gain within twice the stream's median length. "
+        "Hedges' g is of the gain over that of random directions of the same length, by context.",
+    )  # fmt: skip

@@ -1,0 +1,392 @@
+"""Features toggled with the rest of the row kept; steering at equal gain, exact where it is."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from allostasis.models.lens import pretrained
+
+    return pretrained(arch="llama")
+
+
+@pytest.fixture(scope="module")
+def saved(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A random hierarchical autoencoder of the tiny model, through SAELens's own folder."""
+    from allostasis.models import sae
+    from allostasis.models.hsae import HierarchicalSAE
+
+    made = HierarchicalSAE(seed=0, d_model=model.decoder.d_model, m=6, c=3, s=3, k=2)
+    folder = tmp_path_factory.mktemp("run") / "sae"
+    sae.export(made, folder, hook_name="unembed_input")
+    return sae.load(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(model: Any) -> Any:
+    from allostasis.tasks.ioi import IOI
+
+    task = IOI(seed=0, n_examples=12, n_discovery=12, n_reference=8)
+    return task.build(model.encode, model.tokenizer)
+
+
+# ---- features
+
+
+def test_feature_toggle_identity(model: Any, saved: Any, prompts: Any) -> None:
+    from allostasis.experiments.hsae.features import Features
+    from allostasis.experiments.hsae.sources import codes_of
+
+    features = Features(model, saved, seed=0)
+    read = features.read(prompts.evaluation)
+    codes = codes_of(saved, read.resid)
+    assert (codes > 0).any()
+    for feature in range(codes.shape[1]):
+        same = features.set_to(read.resid, codes, feature, codes[:, feature])
+        assert_close(same, read.resid, rtol=0, atol=1e-6)
+        silent = codes[:, feature] == 0
+        for kind in ("double", "parent_only"):
+            changed = features.toggled(read.resid, codes, feature, kind)
+            assert torch.equal(changed[silent], read.resid[silent])
+        gone = features.toggled(read.resid, codes, feature, "zero")
+        assert torch.equal(gone[silent], read.resid[silent])  # a silent parent has no child
+
+
+def test_a_parent_takes_its_child_along_and_parent_only_leaves_it(
+    model: Any, saved: Any, prompts: Any
+) -> None:
+    from allostasis.experiments.hsae.features import Features
+    from allostasis.experiments.hsae.sources import codes_of
+
+    features = Features(model, saved, seed=0)
+    resid = features.read(prompts.evaluation).resid
+    codes = codes_of(saved, resid)
+    error = resid - saved.decode(codes).detach()
+    for parent in range(6):
+        children = slice(6 + 3 * parent, 6 + 3 * parent + 3)
+        without = codes.clone()
+        without[:, parent] = 0
+        alone = features.toggled(resid, codes, parent, "parent_only")
+        assert_close(alone, saved.decode(without).detach() + error, rtol=0, atol=1e-4)
+        without[:, children] = 0
+        both = features.toggled(resid, codes, parent, "zero")
+        assert_close(both, saved.decode(without).detach() + error, rtol=0, atol=1e-4)
+
+
+def test_what_is_read_is_what_the_model_says(model: Any, saved: Any, prompts: Any) -> None:
+    from allostasis.experiments.hsae.features import Features
+
+    features = Features(model, saved, seed=0)
+    read = features.read(prompts.evaluation)
+    ordered = sorted(prompts.evaluation, key=lambda p: len(p.ids))
+    for row, prompt in zip(features.logits(read.resid), ordered, strict=True):
+        expected = model.hf(torch.tensor([prompt.ids])).logits[0, -1].detach()
+        assert_close(row, expected, rtol=0, atol=1e-4)
+    # attribution is the change when a latent alone is set to 0, since the readout is linear
+    gradient = features.attribution(read)
+    impact = features.impact(read, [*range(24)])
+    zeroed = impact[
+        (impact["metric"] == "logit_diff") & impact["kind"].isin(["zero", "parent_only"])
+    ]
+    for feature, rows in zeroed.groupby("feature"):
+        last = rows.iloc[-1]  # parent_only, where there are children
+        if last["n"]:
+            expected = -gradient[feature] * len(prompts.evaluation) / last["n"]
+            assert last["value"] == pytest.approx(expected, abs=1e-4)
+        else:
+            assert np.isnan(last["value"])
+            assert last["active_fraction"] == 0
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_direct_effects_of_heads_add_up_with_the_rest(arch: Any) -> None:
+    """Heads, MLPs, embedding and biases together are the logit difference."""
+    from allostasis.experiments.hsae.features import Features
+    from allostasis.models.hsae import HierarchicalSAE
+    from allostasis.models.lens import pretrained
+    from allostasis.tasks.ioi import IOI
+
+    model = pretrained(arch=arch)
+    decoder = model.decoder
+    hsae = HierarchicalSAE(seed=0, d_model=decoder.d_model, m=4, c=2, s=2, k=1)
+    task = IOI(seed=0, n_examples=8, n_discovery=8, n_reference=8)
+    prompts = task.build(model.encode, model.tokenizer).evaluation
+    features = Features.__new__(Features)
+    features.model, features.decoder, features.seed = model, decoder, 0
+    features.atoms = hsae.atoms().detach().float()
+    features.parent_of = np.full(len(features.atoms), -1)
+    alignment, heads = features.alignment(prompts, [0, 5, 11])
+    assert len(alignment) == 3 * decoder.n_layers * decoder.n_heads
+    assert alignment["share"].between(0, 1 + 1e-6).all()
+    zeroed = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt.ids])
+        clean = decoder.capture(ids)
+        end = clean.resid_pre[-1][:, -1]
+        mean = end.mean(dim=1, keepdim=True) if decoder.is_centred else torch.zeros(1, 1)
+        scale = ((end - mean).square().mean() + decoder.final_eps).sqrt()
+        write = decoder.head_writes(1, clean.z[1])[0, -1, 2].detach()
+        if decoder.is_centred:
+            write = write - write.mean()
+        toward = decoder.W_U[:, prompt.io_id] - decoder.W_U[:, prompt.s_id]
+        zeroed.append(float((write * decoder.final_gain / scale) @ toward))
+    found = heads.set_index(["layer", "head"])["direct_effect"][1, 2]
+    assert found == pytest.approx(np.mean(zeroed), rel=1e-4)
+
+
+def test_alignment_of_a_random_direction_is_its_null(model: Any, saved: Any, prompts: Any) -> None:
+    from allostasis.experiments.hsae.features import Features
+
+    features = Features(model, saved, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    features.atoms = torch.randn(400, model.decoder.d_model, generator=generator)
+    alignment, _ = features.alignment(prompts.evaluation[:2], range(400))
+    expected = model.decoder.d_head / model.decoder.d_model
+    means = alignment.groupby(["layer", "head"])["share"].mean()
+    assert means.to_numpy() == pytest.approx(np.full(len(means), expected), abs=0.03)
+
+
+# ---- steering
+
+
+def test_teacher_data_are_disjoint_from_what_trains(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passages at which a teacher steers are none that an autoencoder reads."""
+    from allostasis.experiments.hsae.shifts import contexts
+    from allostasis.tasks.activations import ActivationDataModule
+    from allostasis.tasks.corpora import GLOSSES, documents
+
+    task = ActivationDataModule(seed=0, n_tokens=6000, window=48, folder=str(tmp_path / "cache"))
+    task.prepare(model)
+    texts = list(documents(GLOSSES))
+    trained = {texts[number] for number in task.split("train").ids[:, 0].tolist()}
+    assert len(trained) > 20
+    read: list[str] = []
+    encode = model.encode
+
+    def noted(text: str) -> list[int]:
+        read.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(model, "encode", noted)
+    contexts(model, 40)
+    assert len(read) == 40
+    assert not trained & set(read)
+    held_out = {texts[number] for number in task.split("test").ids[:, 0].tolist()}
+    assert not trained & held_out
+
+
+@pytest.fixture(scope="module")
+def steered(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A module that has taken a run whose autoencoder begins with its teacher's vectors."""
+    from allostasis.core.records import read_run
+    from allostasis.experiments.hsae.steer import HSAESteer
+    from allostasis.tasks.activations import ActivationDataModule
+
+    root = tmp_path_factory.mktemp("steer")
+    task = ActivationDataModule(seed=0, n_tokens=8000, window=48, folder=str(root / "cache"))
+    task.prepare(model)
+    trained = root / "outputs" / "hsae_train" / "teacher_init" / "seed=0" / "cpu-bb"
+    write_runs(model, task, trained)
+    module = HSAESteer(
+        model=model, task=task, reads_of={"hsae_train": "teacher_init"}, gains=[0.1, 50.0],
+        n_contexts=6, n_random=2, n_match=4000, n_prompts=8, n_features=6, n_controls=4, n_perm=100,
+    )  # fmt: skip
+    module.take({"hsae_train": read_run(trained)})
+    return module
+
+
+def write_runs(model: Any, task: Any, trained: Path) -> None:
+    """A finished run of hsae_train, and the one of hsae_teacher that it has read."""
+    import pandas as pd
+
+    from allostasis.core.records import write_json
+    from allostasis.core.spaces import UnembVec, causal_metric
+    from allostasis.experiments.hsae import arms
+    from allostasis.models import sae
+    from allostasis.models.hsae import HierarchicalSAE
+    from allostasis.models.teacher import FILE, Teacher, write_teacher
+    from allostasis.tasks.concepts import ConceptTable
+
+    root = trained.parents[3]
+    common = torch.bincount(task.split("train").ids[:, 3].clamp(min=0)).argsort(descending=True)
+    ids = [int(token) for token in common if token > 3][:48]
+    sides = ["train", "train", "val", "test"]
+    rows = [
+        (name, synset, parent, f"w{token}", f"w{token}", token, sides[(place // 4) % 4])
+        for place, token in enumerate(ids)
+        for name, synset, parent in _concepts_of_a_place(place)
+    ]
+    columns = ["concept", "synset", "parent", "lemma", "form", "token_id", "split"]
+    frame = pd.DataFrame(rows, columns=columns).astype({"parent": "Int64"})
+    digest = model.identity["tokenizer_sha256"]
+    table = ConceptTable(frame, {"tokenizer_sha256": digest})
+    metric = causal_metric(UnembVec(model.decoder.W_U.detach().T.double()[4:]), metric="causal")
+    rows_of = model.decoder.W_U.detach().T.double()
+    vector = {s: rows_of[torch.from_numpy(table.ids(s))].mean(dim=0) - metric.mean
+              for s in table.names}  # fmt: skip
+    shape = (2, 2, model.decoder.d_model)
+    deltas = [[vector[p + c] - vector[p] for c in (1, 2)] for p in (10, 20)]
+    teacher = Teacher(
+        UnembVec(torch.stack([vector[10], vector[20]])),
+        UnembVec(torch.stack([torch.stack(of_one) for of_one in deltas])),
+        torch.ones(2, 2, dtype=torch.bool), (10, 20), ((11, 12), (21, 22)), metric, digest,
+        model.identity["weights_sha256"],
+    )  # fmt: skip
+    taught = root / "hsae_teacher" / "causal" / "seed=0" / "cpu-aa"
+    table.write(taught)
+    write_teacher(taught / FILE, teacher)
+    write_json(taught / "run.json", {"run_id": "hsae_teacher-causal-0-cpu-aa", "status": "done"})
+    hsae = HierarchicalSAE(seed=0, d_model=shape[2], m=4, c=2, s=2, k=2)
+    given = arms.of_teacher(teacher, m=4, c=2)
+    hsae.plant(given.parents, given.children, given.mask)
+    sae.export(hsae, trained / "sae", hook_name="unembed_input")
+    read = {"hsae_teacher": {"run_id": "hsae_teacher-causal-0-cpu-aa"}}
+    write_json(
+        trained / "run.json",
+        {"run_id": "hsae_train-x", "status": "done", "read": read, "checkpoints": {}},
+    )
+
+
+def _concepts_of_a_place(place: int) -> list[tuple[str, int, int | None]]:
+    parent, child = 10 * (1 + place % 2), 1 + (place // 2) % 2
+    return [(f"p{parent}", parent, None), (f"c{parent + child}", parent + child, parent)]
+
+
+def test_every_direction_has_the_gain_that_was_asked_for_or_says_why_not(steered: Any) -> None:
+    from allostasis.experiments.hsae.clouds import kept_tokens
+    from allostasis.experiments.hsae.sources import Sources, chosen_of, concepts_of
+
+    assert steered.prove_effect()["largest_change_of_a_logit"] > 1e-4
+    tables = steered.test_step(0, 0)["tables"]
+    table = tables["steering"]
+    assert set(table["source"]) == {"teacher", "sae", "means", "random"}
+    small = table[table["asked"] == 0.1]
+    assert small[small["source"] == "teacher"]["reached"].mean() > 0.5
+    there = table[table["reached"]]
+    assert there["gain"].to_numpy() == pytest.approx(there["asked"].to_numpy(), rel=0.02)
+    assert (there["leakage"] >= 0).all()
+    missing = table[~table["reached"]]
+    assert len(missing[missing["asked"] == 50.0])
+    assert (missing["why_not"] != "").all()
+    assert missing["leakage"].isna().all()
+    # one row again, by the model's own unembedding of the moved rows
+    row = small[(small["source"] == "teacher") & small["reached"]].iloc[0]
+    chosen = chosen_of(steered.teacher)
+    concepts = concepts_of(steered.table, chosen, max_parents=2, max_children=2)
+    concept = next(one for one in concepts if one.synset == row["synset"])
+    sources = Sources(steered.sae, steered.task, steered.table, steered.teacher, n_match=4000)
+    source = next(iter(sources.of(concept, np.random.default_rng(0), 1)))
+    kept = torch.from_numpy(kept_tokens(steered.model))
+    resid = steered.there.resid
+    logits = [
+        steered.model.decoder.unembed(one).detach()[:, kept].double().log_softmax(dim=1)
+        for one in (resid, resid + row["alpha"] * source.direction.float())
+    ]
+    targets = torch.isin(kept, torch.from_numpy(concept.targets))
+    gain = (logits[1] - logits[0])[:, targets].mean()
+    assert float(gain) == pytest.approx(row["gain"], abs=1e-4)
+    others = ~torch.isin(kept, torch.from_numpy(concept.members))
+    p, q = (one[:, others].exp() for one in logits)
+    p, q = p / p.sum(dim=1, keepdim=True), q / q.sum(dim=1, keepdim=True)
+    assert float((p * (p / q).log()).sum(dim=1).mean()) == pytest.approx(row["leakage"], abs=1e-5)
+
+
+def test_a_planted_teacher_is_where_the_autoencoder_begins(steered: Any) -> None:
+    """The atom that a parent was planted as is the teacher's own direction."""
+    metric = steered.teacher.metric
+    directions = metric.to_resid(steered.teacher.parents).values.float()
+    atoms = steered.sae.W_dec.detach()[:2]
+    cosine = torch.nn.functional.cosine_similarity(directions, atoms)
+    assert_close(cosine, torch.ones(2), rtol=0, atol=1e-5)
+
+
+def test_features_are_listed_whether_or_not_they_are_ever_active(steered: Any) -> None:
+    steered.what = "features"
+    try:
+        tables = steered.test_step(0, 0)["tables"]
+    finally:
+        steered.what = "steer"
+    impact = tables["feature_impact"]
+    assert impact["feature"].nunique() == 10
+    silent = impact[impact["n"] == 0]
+    assert silent["value"].isna().all()
+    assert impact[impact["n"] > 0]["value"].notna().all()
+    assert impact["q_value"].dropna().between(0, 1).all()
+    alignment = tables["feature_head_alignment"]
+    assert {"share", "cosine", "direct_effect"} <= set(alignment.columns)
+
+
+def test_steering_elsewhere_than_at_the_unembedding_is_refused(model: Any, tmp_path: Path) -> None:
+    from allostasis.experiments.hsae.steer import HSAESteer
+    from allostasis.tasks.activations import ActivationDataModule
+
+    task = ActivationDataModule(seed=0, hook="blocks.1.hook_resid_post", folder=str(tmp_path))
+    with pytest.raises(ValueError, match="at unembed_input only"):
+        HSAESteer(model=model, task=task, reads_of={"hsae_train": "baseline"})
+
+
+@pytest.mark.slow
+def test_a_run_finds_what_the_phases_before_have_made_and_reports(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from allostasis.core.config import conf_dir, register, run_folder
+    from allostasis.core.locate import of_experiment
+    from allostasis.core.records import read_run
+    from allostasis.report import main
+    from allostasis.run import run
+    from allostasis.tasks.activations import ActivationDataModule
+
+    monkeypatch.chdir(tmp_path)
+    register()
+    words = [
+        "exp=hsae_steer", "preset=quick", "model=tiny", "threads=1", "device=cpu",
+        "task.n_tokens=8000", "+task.window=48", f"+task.folder={tmp_path / 'cache'}",
+        "module.n_contexts=6", "module.n_match=4000", "module.n_prompts=8",
+        "module.gains=[0.1,1.0]", "module.n_features=6", "module.n_controls=4", "module.n_perm=100",
+    ]  # fmt: skip
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        cfgs = [compose("config", [*words, f"condition={c}"]) for c in ("teacher_init", "features")]
+        trained = tmp_path / run_folder(of_experiment(cfgs[0], "hsae_train", "teacher_init"))
+        task = ActivationDataModule(
+            seed=0, n_tokens=8000, window=48, epochs=9, folder=str(tmp_path / "cache")
+        )
+        task.prepare(model)
+        write_runs(model, task, trained)
+        for cfg in cfgs:
+            folder = tmp_path / run_folder(cfg)
+            content = run(cfg, folder)
+            assert content["status"] == "done"
+            assert content["read"]["hsae_train"]["run_id"] == "hsae_train-x"
+            assert content["teacher_run"] == "hsae_teacher-causal-0-cpu-aa"
+            assert len(read_run(folder).metrics)
+    assert main(["outputs/hsae_steer"]) == 0
+    text = (tmp_path / "outputs" / "hsae_steer" / "report" / "REPORT.md").read_text(
+        encoding="utf-8"
+    )
+    assert "Steering at equal gain" in text
+    assert "H.steer.leakage" in text
+
+
+@pytest.mark.parametrize("preset", ["quick", "full"])
+def test_steering_reads_the_activations_that_were_trained_on(preset: str) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from allostasis.core.config import conf_dir, register
+
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        tasks = [
+            compose("config", [f"exp={exp}", f"preset={preset}"]).task
+            for exp in ("hsae_train", "hsae_steer")
+        ]
+    assert tasks[0] == tasks[1]

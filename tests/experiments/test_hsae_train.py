@@ -1,0 +1,170 @@
+"""Training of autoencoders: stages, what they hold fixed, what they refuse, and going on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+
+CONF = Path(__file__).parents[2] / "conf"
+PLANTED = [
+    "task=planted_hierarchy", "model=planted_hierarchy", "module.reads_of=null", "threads=1",
+    "device=cpu", "preset=quick", "module.max_steps=40", "module.stage_a.steps=20",
+    "module.eval_every=10", "module.log_grad_every=10", "module.n_watch=128",
+    "module.n_match=512", "module.n_test=512", "metrics.checkpoint_every=10",
+    "module.evaluate_at=[20]", "module.dead_after_tokens=1500",
+]  # fmt: skip
+
+
+def composed(*words: str) -> DictConfig:
+    from allostasis.core.config import register
+
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose("config", ["exp=hsae_train", *words])
+
+
+def run(folder: Path, *words: str) -> dict[str, Any]:
+    from allostasis.run import run as do
+
+    return do(composed(*PLANTED, *words), folder)
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"{step}.safetensors")
+
+
+def test_what_stage_a_freezes_keeps_its_bits(tmp_path: Path) -> None:
+    run(tmp_path, "condition=teacher_init")
+    begin, after_a, end = (weights(tmp_path, step) for step in (0, 20, 40))
+    moved = {name for name, tensor in begin.items() if not torch.equal(tensor, after_a[name])}
+    assert moved == {"E", "b_E", "b", "Pi_down", "Pi_up", "Ec", "bc", "Dc"}
+    assert not torch.equal(after_a["D"], end["D"])
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert {"A.causal_ortho", "A.mse", "B.mse"} <= content["effect"].keys()
+    assert content["effect"]["A.causal_ortho"] > 0
+    assert (tmp_path / "sae" / "cfg.json").is_file()
+
+
+def test_a_stage_with_a_loss_that_moves_nothing_is_refused(tmp_path: Path) -> None:
+    from allostasis.models.hsae_losses import ConfigError
+
+    literal = ["condition=teacher_init", "module.stage_a.freeze=[D,Pi_up,Dc]"]
+    with pytest.raises(ConfigError) as refused:
+        run(tmp_path / "refused", *literal)
+    assert str(refused.value) == (
+        "stage A enables 'causal' but no trainable parameter receives its gradient (frozen: D, "
+        "Pi_up, Dc); set stage_a.causal_ortho=0 or unfreeze Pi_up or Dc"
+    )
+
+
+@pytest.mark.slow
+def test_the_literal_stage_a_runs_without_the_loss_that_it_could_not_follow(tmp_path: Path) -> None:
+    literal = ["condition=teacher_init", "module.stage_a.freeze=[D,Pi_up,Dc]"]
+    folder = tmp_path / "literal"
+    run(folder, *literal, "module.stage_a.causal_ortho=0")
+    begin, after_a = weights(folder, 0), weights(folder, 20)
+    for name in ("D", "Pi_up", "Dc"):
+        assert torch.equal(begin[name], after_a[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [7, 20, 33], ids=["in A", "between A and B", "in B"])
+def test_a_run_that_was_cut_short_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    import pyarrow.parquet as pq
+
+    from allostasis.experiments.hsae.train import HsaeTrain
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole, "condition=teacher_init")
+    update: Callable[..., torch.Tensor] = HsaeTrain._update
+
+    def cut_short(module: HsaeTrain, *rest: Any) -> torch.Tensor:
+        if module.updates == cut:
+            raise RuntimeError("cut")
+        return update(module, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HsaeTrain, "_update", cut_short)
+        with pytest.raises(RuntimeError, match="cut"):
+            run(parts, "condition=teacher_init")
+    run(parts, "condition=teacher_init")
+    for name in ("metrics", "training", "examples", "matches"):
+        ours, theirs = (pq.read_table(folder / f"{name}.parquet") for folder in (parts, whole))
+        assert ours.equals(theirs), name
+    for step in (20, 40):
+        ours, theirs = weights(parts, step), weights(whole, step)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_arms_differ_in_what_sets_them_apart_alone() -> None:
+    own = {"condition", "module.kind", "module.start", "module.teacher", "module.reads",
+           "module.reads_of.hsae_teacher"}  # fmt: skip
+
+    def flat(node: Any, name: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {name: node}
+        return {k: v for key, part in node.items() for k, v in flat(part, f"{name}.{key}").items()}
+
+    resolved = {}
+    for condition in composed().conditions:
+        cfg = composed(f"condition={condition}")
+        content = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(content, dict)
+        resolved[condition] = {k.removeprefix("."): v for k, v in flat(content).items()}
+    first = resolved["baseline"]
+    for condition, values in resolved.items():
+        assert values.keys() == first.keys()
+        assert {name for name in first if values[name] != first[name]} <= own, condition
+
+
+@pytest.mark.slow
+def test_a_flat_autoencoder_has_the_l0_and_the_parameters_of_the_arm_it_reads(
+    tmp_path: Path,
+) -> None:
+    content = run(tmp_path / "hsae_train" / "topk" / "seed=0" / "cpu-x", "condition=topk")
+    matched = content["matched"]
+    assert matched["d_sae"] == content["summary"]["d_sae"] == 84
+    assert 10_896 == pytest.approx(content["summary"]["n_parameters"], rel=0.01)
+    assert content["summary"]["l0"] == pytest.approx(round(matched["l0"]), abs=0.2)
+
+
+def test_a_rotated_teacher_keeps_its_angles_and_nothing_else() -> None:
+    from allostasis.core.spaces import CausalMetric, ResidVec, UnembVec
+    from allostasis.experiments.hsae.arms import of_teacher
+    from allostasis.models.teacher import Teacher
+
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    root = drawn(10, 10)
+    metric = CausalMetric(root @ root.T + torch.eye(10), torch.zeros(10))
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    teacher = Teacher(
+        UnembVec(drawn(3, 10)), UnembVec(drawn(3, 2, 10)), mask, (1, 2, 3),
+        ((4, 5), (6, 7), (8, 9)), metric, "", "",
+    )  # fmt: skip
+    plain, turned = (of_teacher(teacher, m=3, c=2, seed=seed) for seed in (None, 0))
+
+    def gram(start: Any) -> torch.Tensor:
+        rows = torch.cat([start.parents, start.children.flatten(0, 1)]).double()
+        white = metric.whiten_resid(ResidVec(rows))
+        return white @ white.T
+
+    assert torch.allclose(gram(plain), gram(turned), rtol=1e-4, atol=1e-5)
+    cosines = torch.cosine_similarity(plain.parents, turned.parents)
+    assert cosines.abs().max() < 0.95
+    # children lost their parent's part under the causal inner product
+    inner = gram(plain)[0, 3:5]
+    assert inner.abs().max() < 1e-4
