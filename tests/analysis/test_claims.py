@@ -74,6 +74,7 @@ def test_a_file_of_several_experiments_gives_each_its_own(tmp_path: Path) -> Non
         ("  direction: greater\n", "", "a claim needs direction, or `all_of`"),
         ("  status: own", "  status: own\n  all_of: [X1]", "a compound (`all_of`) has no estimand"),
         ("  status: own", "  status: own\n  requires: [X2]", "names 'X2', which is no claim"),
+        ("test: t", "test: sign_flip", "min_seeds 5: no fewer than 6 flipped signs"),
         ("of: mean", "of: difference", "of: difference needs `arms: {treatment: ..., control:"),
     ],
 )
@@ -81,6 +82,12 @@ def test_a_wrong_claim_is_refused_with_what_to_do(old: str, new: str, message: s
     with pytest.raises(ClaimError) as caught:
         read(ATOM.replace(old, new))
     assert message in str(caught.value)
+
+
+def test_a_ratio_is_not_written_as_its_logarithm() -> None:
+    text = ATOM.replace("of: mean", "of: log_ratio").replace("bound: 0.5", "bound: -0.2231")
+    with pytest.raises(ClaimError, match="told as a ratio, not as its logarithm"):
+        read(text)
 
 
 def test_all_problems_of_a_file_are_told_at_once() -> None:

@@ -105,7 +105,7 @@ def test_shares_and_orders_ask_for_six_seeds_and_everything_for_five() -> None:
         assert isinstance(claim, Claim)
         assert claim.estimand is not None
         counted = claim.estimand.of in {"proportion", "unanimous", "median_time"}
-        least = 20 if claim.estimand.unit == "cluster" else 6 if counted else 5
+        least = 10 if claim.estimand.unit == "cluster" else 6 if counted else 5
         assert claim.min_seeds >= least, claim.id
 
 

@@ -247,6 +247,15 @@ class Claim(Part):
             raise ValueError(f"bound {self.bound} does not fit '{self.direction}': give {wanted}")
         if isinstance(self.bound, tuple) and self.bound[0] >= self.bound[1]:
             raise ValueError(f"bound {list(self.bound)}: the first is not below the second")
+        bounds = self.bound if isinstance(self.bound, tuple) else (self.bound,)
+        if (
+            estimand.of in {"log_ratio", "geometric_ratio"}
+            and min(b for b in bounds if b is not None) <= 0
+        ):
+            raise ValueError(
+                f"bound {self.bound}: of: {estimand.of} is told as a ratio, not as its logarithm; "
+                "give a number above 0, such as 0.8 for a fifth less"
+            )
         if self.test == "tost" and self.direction != "inside":
             raise ValueError(
                 f"test 'tost' asks whether a value lies inside, not '{self.direction}'"

@@ -76,7 +76,8 @@ def mean(
 ) -> Inference:
     """Mean over units: t below 50 of them, BCa from there.
 
-    Error rates at a nominal 5 %, 4,000 data sets: t 4.9 % at 8 normal units, BCa 5.2 % at 60.
+    Error rates at a nominal 5 %, 4,000 data sets: t 4.7 % at 8 normal units, 5.3 % at 3, TOST at a
+    bound 5.3 %, BCa at 60 units 6.1 %. The t interval of 5 units covers 95.5 %.
 
     Args:
         values: One a unit.
@@ -197,7 +198,7 @@ def difference(
     """Difference of the means of two unpaired arms by Welch's t, or by relabelling.
 
     Error rate at a nominal 5 %, 6 against 9 normal units with twice the spread, 4,000 data sets:
-    5.0 % by Welch's t.
+    5.1 % by Welch's t.
 
     Args:
         left: One a unit.
@@ -231,6 +232,9 @@ def difference(
 def standardised_difference(left: np.ndarray, right: np.ndarray) -> Inference:
     """Hedges's g of two arms, tested and bounded by the noncentral t; Cohen's d beside it.
 
+    Error rate at a nominal 5 %, 8 units an arm that differ by 2 standard deviations, 4,000 data
+    sets: 5.6 %; the interval of 6 an arm covers 95.7 %.
+
     Raises:
         UndefinedError: There are too few units, or all are equal.
     """
@@ -248,7 +252,11 @@ def standardised_difference(left: np.ndarray, right: np.ndarray) -> Inference:
 
 
 def proportion(hits: np.ndarray, *, unanimous: bool = False) -> Inference:
-    """Share of units with a 1: exact binomial; `unanimous` supports nothing unless all have it."""
+    """Share of units with a 1: exact binomial; `unanimous` supports nothing unless all have it.
+
+    Error rate at a nominal 5 %, 20 units and a share of a half, 4,000 data sets: 3.9 % (attainable:
+    4.1 %).
+    """
     count, n = int(hits.sum()), len(hits)
 
     def above(bound: float) -> float:
@@ -277,7 +285,11 @@ def median_time(times: np.ndarray, censored: np.ndarray) -> Inference:
 def log_hazard_ratio(
     left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
 ) -> Inference:
-    """Log hazard ratio of two arms by Peto's estimate; against 0 its test is the log-rank test."""
+    """Log hazard ratio of two arms by Peto's estimate; against 0 its test is the log-rank test.
+
+    Its normal approximation is eager with few units: at a nominal 5 %, 8 an arm, a fifth of them
+    censored, 6.6 % of 4,000 data sets without a difference were decided.
+    """
     estimate, error = st.log_hazard_ratio(left, right)
     z, p = st.log_rank(left, right)
     medians = [number(st.kaplan_meier(*side).median) for side in (left, right)]
@@ -319,6 +331,9 @@ def ratio_of_sums(
     numerators: np.ndarray, denominators: np.ndarray, rng: np.random.Generator
 ) -> Inference:
     """Ratio of sums over units: Fieller below 100 units, BCa from there.
+
+    Error rates at a nominal 5 %, 4,000 data sets of log-normal clusters: Fieller at 20 3.9 %, BCa
+    at 100 6.0 %; the intervals cover 95.7 % and 93.8 %.
 
     Raises:
         UndefinedError: The denominator's 95 % interval contains 0.
@@ -385,6 +400,8 @@ def geometric_ratio(
     numerators: np.ndarray, denominators: np.ndarray, rng: np.random.Generator
 ) -> Inference:
     """Geometric mean over layers of ratios of sums over units, by BCa of its logarithm.
+
+    Error rate at a nominal 5 %, 96 units and 3 layers, 4,000 data sets: 5.4 %.
 
     Args:
         numerators: One row a unit, one column a layer.
