@@ -52,7 +52,7 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Keep the weights before the first update."""
-        if pl_module.updates == 0:
+        if self._saved_at < 0:  # a run that goes on from step 0 has kept them, and its first rows
             self._keep(0, pl_module.model.state_dict())
             self._save(trainer, pl_module)
 
