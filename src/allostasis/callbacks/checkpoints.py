@@ -52,7 +52,8 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Keep the weights before the first update."""
-        if pl_module.updates == 0:
+        # a run that goes on from step 0 has kept them, and would overwrite its first rows
+        if pl_module.updates == 0 and self._saved_at < 0:
             self._keep(0, pl_module.model.state_dict())
             self._save(trainer, pl_module)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt
@@ -106,6 +106,8 @@ class HierarchicalSAE(nn.Module):
         torch.Size([5, 24])
     """
 
+    scale: Tensor
+
     def __init__(
         self,
         *,
@@ -122,7 +124,8 @@ class HierarchicalSAE(nn.Module):
         if k > m or k_child > c:
             raise ValueError(f"{k=} of {m=} parents, {k_child=} of {c=} children: too many")
         self.d_model, self.m, self.c, self.s = d_model, m, c, s
-        self.k, self.k_child, self.kernel = k, k_child, kernel
+        self.k, self.k_child = k, k_child
+        self.kernel: KernelChoice = kernel
         generator = torch.Generator().manual_seed(derive(seed, "init"))
 
         def unit(*shape: int) -> Tensor:
@@ -231,7 +234,7 @@ class HierarchicalSAE(nn.Module):
             raise UnsupportedExport(
                 f"{self.d_sae} latents x {self.d_model} are more than 2^30 entries of a decoder"
             )
-        scale = cast(Tensor, self.scale)
+        scale = self.scale
         children = torch.einsum("mcs,msd->mcd", self.Ec, self.Pi_down).flatten(0, 1)
         return {
             "W_enc": (torch.cat([self.E, children]) * scale).T.contiguous(),

@@ -139,8 +139,8 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return ctx.lookup.collect(grad).view(ctx.shape), None
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        return ctx.lookup.collect(grads[0]).view(ctx.shape), None
 
 
 class _Mix(torch.autograd.Function):
@@ -154,9 +154,9 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
         weights, table = ctx.saved_tensors
-        lookup, grad = ctx.lookup, grad.contiguous()
+        lookup, grad = ctx.lookup, grads[0].contiguous()
         of_weights = lookup.dot(grad, table) if ctx.needs_input_grad[0] else None
         of_table = lookup.spread(weights, grad) if ctx.needs_input_grad[1] else None
         return of_weights, of_table, None
@@ -183,10 +183,10 @@ class _Dot(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
         x, table = ctx.saved_tensors
         lookup: Lookup = ctx.lookup
-        grad = grad.contiguous()
+        grad = grads[0].contiguous()
         of_x = lookup.mix(grad, table) if ctx.needs_input_grad[0] else None
         of_table = None
         if ctx.needs_input_grad[1] and ctx.dense:

@@ -62,7 +62,7 @@ def check_stage(stage: str, weights: Mapping[str, float], frozen: Set[str]) -> N
         ConfigError: A loss depends on frozen tensors only.
     """
     for name, weight in weights.items():
-        if weight > 0 and frozen.issuperset(MOVES[name]):
+        if weight > 0 and frozen >= set(MOVES[name]):
             raise ConfigError(refusal(stage, name, frozen))
 
 

@@ -10,7 +10,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -79,6 +79,8 @@ class FlatSAE(nn.Module):
         d_sae: Latents.
         k: Latents that are on for a token, on average where the TopK is over a batch.
     """
+
+    scale: Tensor
 
     def __init__(
         self,
@@ -163,7 +165,7 @@ class FlatSAE(nn.Module):
         flat = copy.deepcopy(self.sae).cpu()  # saving folds norms in place
         flat.cfg.metadata = SAEMetadata(**metadata)
         flat.cfg.device = "cpu"
-        flat.fold_activation_norm_scaling_factor(float(cast(Tensor, self.scale)))
+        flat.fold_activation_norm_scaling_factor(float(self.scale))
         flat.save_inference_model(folder)
 
 

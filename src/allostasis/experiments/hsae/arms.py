@@ -92,7 +92,7 @@ def of_kmeans(x: Float[Tensor, "row d"], *, m: int, c: int, seed: int) -> Direct
     """Centroids of k-means as parents; the first components of each cluster as its children."""
     from sklearn.cluster import KMeans
 
-    found = KMeans(m, n_init=1, random_state=derive(seed, "control") % 2**32).fit(x.numpy())
+    found = KMeans(m, random_state=derive(seed, "control") % 2**32).fit(x.numpy())
     parents = torch.from_numpy(found.cluster_centers_).to(x)
     children = x.new_zeros(m, c, x.shape[1])
     mask = torch.zeros(m, c, dtype=torch.bool)

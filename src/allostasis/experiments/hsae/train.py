@@ -129,7 +129,9 @@ class HsaeTrain(L.LightningModule):
         super().__init__()
         del teacher, selection  # of the run that is read
         self.automatic_optimization = False
-        self.task, self.kind, self.start, self.match = task, kind, start, match
+        self.task, self.start = task, start
+        self.kind: Kind = kind
+        self.match: arms.Match = match
         self.is_planted = isinstance(task, PlantedHierarchy)
         self.max_steps, self.chunk, self.eval_every = max_steps, chunk, eval_every
         self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
