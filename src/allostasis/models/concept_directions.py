@@ -113,15 +113,14 @@ def null_disjoint(n_child: float, n_rest: float) -> float:
     return -float(np.sqrt(n_child / (n_child + n_rest)))
 
 
-def null_random_parent(child: Tensor, parent: Tensor) -> Tensor:
-    """Cosine of child less parent with a parent that has nothing to do with the child.
+def null_random_parent(child: np.ndarray, parent: np.ndarray) -> np.ndarray:
+    """The same with a parent that is orthogonal to the child, by the lengths of both vectors.
 
     Example:
-        >>> null_random_parent(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).round(decimals=3)
-        tensor(-0.7070)
+        >>> null_random_parent(np.array([1.0]), np.array([1.0])).round(3)
+        array([-0.707])
     """
-    c, p = child.norm(dim=-1), parent.norm(dim=-1)
-    return -p / (c.square() + p.square()).sqrt()
+    return -parent / np.hypot(child, parent)
 
 
 # ---------------------------------------------------------------- held-out members
