@@ -7,7 +7,7 @@ ARGS   ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all check format bench report study grokking ioi constraint superposition \
-  heads_zero heads_pairs heads_patch heads_ov
+  heads_zero heads_pairs heads_patch heads_ov hsae_teacher
 
 help: ## list these targets
 	@grep -E '^[a-z_-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ heads_patch: .venv/smollm2 ## pairs of prompts patched both ways, by layer, posi
 
 heads_ov: .venv/smollm2 ## what every head of SmolLM2 writes, in its weights and on four corpora (ARGS=preset=quick takes minutes)
 	$(RUN) +exp=heads_ov -m $(ARGS)
+
+hsae_teacher: .venv/smollm2 ## concept vectors of SmolLM2 and their nulls, six conditions (ARGS=preset=quick takes minutes)
+	$(RUN) +exp=hsae_teacher -m $(ARGS)
 
 report: .venv/installed ## figures and claims for everything under outputs/
 	$(BIN)/python -m allostasis.report outputs

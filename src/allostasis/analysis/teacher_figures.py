@@ -1,4 +1,4 @@
-"""What the report of `hsae_teacher` shows: angles beside their nulls, and what noise cannot give."""
+"""What the report of `hsae_teacher` shows: angles beside nulls, and what noise cannot give."""
 
 from __future__ import annotations
 
@@ -122,18 +122,20 @@ def null_table(arms: Sequence[Arm]) -> Table:
     _, run = _main(arms)
     rows = _readings(run)
     rows = rows[rows["metric"].str.startswith("null.")]
+    columns = ["value_clean", "value", "delta"]
     cells = [
-        (name.removeprefix("null.").replace("_", " "), number(form), number(value), number(off), str(n))
-        for name, form, value, off, n in zip(
-            rows["metric"], rows["value_clean"], rows["value"], rows["delta"], rows["n"], strict=True
+        (name.removeprefix("null.").replace("_", " "), *map(number, values), str(n))
+        for name, values, n in zip(
+            rows["metric"], rows[columns].to_numpy(float), rows["n"], strict=True
         )
-    ]  # fmt: skip
+    ]
+    word = "" if run.summary["checks"]["calibrated"] else "NOT "
     return Table(
         "Nulls",
         ("cosine of difference and parent", "closed form", "simulated", "difference", "edges"),
         tuple(cells),
-        "Closed forms are of isotropic rows and means of tokens. Gaussian lines may differ by 0.05; "
-        f"here the instrument is {'' if run.summary['checks']['calibrated'] else 'NOT '}calibrated. "
+        "Closed forms are of isotropic rows and means of tokens. Gaussian lines may differ by "
+        f"0.05; here the instrument is {word}calibrated. "
         "Random parents of the model itself are not orthogonal to a child, since all nouns share a "
         "direction.",
     )
@@ -173,7 +175,7 @@ def dose_table(arms: Sequence[Arm]) -> Table:
         ]
         cells.append((f"{by} {asked:g}", f"{len(there)} of {len(group)}", *medians))
     heads = ("dose", "reached", "in vectors", "gain, nat", "members, logit",
-             "other parents' members", "random direction", "KL within, nat", "of random")  # fmt: skip
+             "other parents' members", "random direction", "KL, nat", "of random")  # fmt: skip
     return Table(
         "Doses", heads, tuple(cells),
         "Medians over parents. A dose by gain is the least at which held-out members gain so many "
@@ -342,11 +344,11 @@ def _corners(arms: Sequence[Arm]) -> Any:
         for axes, control in zip(grid[:, place], controls, strict=True):
             here = rows[(rows["parent"] == parent) & (rows["control"] == control)]
             children = [c for c in dict.fromkeys(here["child"]) if c != -1]
-            for child, colour in zip([-1, *sorted(children)],
-                                     [canvas.PALE, canvas.BLUE, canvas.RED], strict=False):  # fmt: skip
+            colours = dict(zip(sorted(children), (canvas.BLUE, canvas.RED), strict=True))
+            for child, colour in {-1: canvas.PALE, **colours}.items():
                 own = here[here["child"] == child]
                 edge = canvas.GREY if child == -1 else colour
-                axes.scatter(own["across"], own["along"], s=9, color=colour, edgecolors=edge, lw=0.3,
+                axes.scatter(own["across"], own["along"], s=9, color=colour, ec=edge, lw=0.3,
                              label=str(own["child_name"].iloc[0]) if len(own) else "")  # fmt: skip
             axes.axhline(1, color=canvas.INK, lw=0.6)
             if control == "own":
@@ -372,13 +374,18 @@ def _doses(arms: Sequence[Arm]) -> Any:
              "shift_siblings": ("other parents' members", canvas.ORANGE),
              "shift_random": ("its members, random directions", canvas.GREY)}  # fmt: skip
     for nudge, (column, (title, colour)) in zip((-0.04, 0, 0.04), parts.items(), strict=True):
-        left.scatter(by_alpha["asked"] + nudge, by_alpha[column], s=16, color=colour, label=title, lw=0)
+        left.scatter(
+            by_alpha["asked"] + nudge, by_alpha[column], s=16, color=colour, label=title, lw=0
+        )
     left.axhline(0, color=canvas.INK, lw=0.6)
     left.set(xlabel="dose (vectors)", ylabel="change of logits (logit)")
     left.legend()
-    for nudge, column, title, colour in ((-0.02, "kl", "its vector", canvas.BLUE),
-                                         (0.02, "kl_random", "random directions", canvas.GREY)):  # fmt: skip
-        right.scatter(by_gain["asked"] + nudge, by_gain[column], s=16, color=colour, label=title, lw=0)
+    within = ((-0.02, "kl", "its vector", canvas.BLUE),
+              (0.02, "kl_random", "random directions", canvas.GREY))  # fmt: skip
+    for nudge, column, title, colour in within:
+        right.scatter(
+            by_gain["asked"] + nudge, by_gain[column], s=16, color=colour, label=title, lw=0
+        )
     right.axhline(0.1, color=canvas.INK, ls=":", lw=1)
     right.set(xlabel="gain of held-out members (nat)", ylabel="KL within the concept (nat)",
               yscale="log")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Concepts as vectors of the unembedding, in whitened coordinates: estimates, nulls, disjoint tests.
+"""Concepts as whitened vectors of the unembedding: estimates, nulls, disjoint tests.
 
 A concept's vector has a length: its members project to about 1 in units of its square. So nothing
 here normalises a vector before a difference is taken.
@@ -177,9 +177,7 @@ class Lemmas:
         """Squared length of the mean, from pairs of unlike lemmas: unbiased, 0 under noise."""
         return float(self.resampled_squares(torch.ones(1, len(self.keys), dtype=torch.float64))[0])
 
-    def resampled_squares(
-        self, weights: Float[Tensor, "draw lemma"]
-    ) -> Float[Tensor, " draw"]:
+    def resampled_squares(self, weights: Float[Tensor, "draw lemma"]) -> Float[Tensor, " draw"]:
         """`square` with so many copies of each lemma; a lemma is never paired with its copy."""
         own = self.sums.square().sum(dim=1)
         total = (weights @ self.sums).square().sum(dim=1) - weights.square() @ own

@@ -394,9 +394,13 @@ def main(words: Sequence[str] | None = None) -> int:
     """Write the concepts of a model's tokenizer."""
     from allostasis.models import zoo
 
-    parser = argparse.ArgumentParser(prog="python -m allostasis.tasks.concepts", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m allostasis.tasks.concepts", description=__doc__
+    )
     commands = parser.add_subparsers(required=True)
-    build = commands.add_parser("build", help="write concepts.parquet, edges.parquet, concepts.json")
+    build = commands.add_parser(
+        "build", help="write concepts.parquet, edges.parquet, concepts.json"
+    )
     build.add_argument("--model", required=True, help="owner/name, or a folder or GGUF file")
     build.add_argument("--min-lemmas", type=int, default=50, help="a concept has at least")
     build.add_argument("--max-fraction", type=float, default=0.25, help="of tokens, at most")

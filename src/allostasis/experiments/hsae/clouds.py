@@ -72,7 +72,9 @@ def cloud(
             generator=torch.Generator().manual_seed(int(rng.integers(2**62))),
         )  # fmt: skip
         return Cloud(lambda ids: noise[torch.from_numpy(ids)].double(), background)
-    used = causal_metric(UnembVec(raw[kept]), metric="euclidean") if control == "euclidean" else metric
+    used = (
+        causal_metric(UnembVec(raw[kept]), metric="euclidean") if control == "euclidean" else metric
+    )
 
     def rows(ids: np.ndarray) -> Float[Tensor, "token width"]:
         return used.whiten_points(UnembVec(raw[torch.from_numpy(instead[ids])]))

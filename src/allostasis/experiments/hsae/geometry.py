@@ -75,7 +75,9 @@ class Geometry:
     @cached_property
     def vectors(self) -> dict[int, Tensor]:
         """Each concept's vector, from its training tokens."""
-        return {synset: self._vector(self.table.ids(synset, "train")) for synset in self.table.names}
+        return {
+            synset: self._vector(self.table.ids(synset, "train")) for synset in self.table.names
+        }
 
     def _vector(self, ids: np.ndarray) -> Tensor:
         return directions.vector(self.placed.at(ids), self.estimator)
@@ -104,7 +106,9 @@ class Geometry:
         return self._along({edge: self._parts(*edge) for edge in self._pairs()})
 
     def _pairs(self) -> list[tuple[int, int]]:
-        return [(int(p), int(c)) for p, c in zip(self.edges["parent"], self.edges["child"], strict=True)]
+        return [
+            (int(p), int(c)) for p, c in zip(self.edges["parent"], self.edges["child"], strict=True)
+        ]
 
     def _parts(self, parent: int, child: int) -> tuple[Tensor, Tensor]:
         return self.vectors[child] - self.vectors[parent], self.vectors[parent]
@@ -184,7 +188,12 @@ class Geometry:
             found = directions.disjoint(
                 below, above, self.rng, n_partitions=self.precision.n_partitions
             )
-            row: dict[str, Any] = {**vars(found), "pp_low": bounds[parent], "defined": True, "why": ""}
+            row: dict[str, Any] = {
+                **vars(found),
+                "pp_low": bounds[parent],
+                "defined": True,
+                "why": "",
+            }
             if bounds[parent] <= 0:
                 row |= {"defined": False, "why": "the parent is not above noise"}
             elif found.dd <= 0 or found.pp <= 0:
@@ -228,7 +237,11 @@ class Geometry:
             for c0, c1 in combinations(children, 2):
                 difference = self.vectors[c1] - self.vectors[c0]
                 at = {"parent": parent, "child": c0, "other": c1}
-                rows.append({**at, "relation": "b", "cosine": float(directions.cosine(difference, own))})
+                rows.append({
+                    **at,
+                    "relation": "b",
+                    "cosine": float(directions.cosine(difference, own)),
+                })
                 if sisters:
                     step = own - self.vectors[sisters[0]]
                     cosine = float(directions.cosine(difference, step))
@@ -322,10 +335,11 @@ class Geometry:
             tokens = families[parent][families[parent]["child"].isin([c0, c1])]
             rows = [self.placed.at(tokens["token_id"].to_numpy()), self.placed.others[:N_OTHERS]]
             every = torch.cat(rows)
+            called = [*(self.table.names[c] for c in tokens["child"]), *["other"] * len(rows[1])]
             frames.append(pd.DataFrame({
                 "parent": parent, "parent_name": self.table.names[parent],
                 "child": [*tokens["child"], *[-1] * len(rows[1])],
-                "child_name": [*(self.table.names[c] for c in tokens["child"]), *["other"] * len(rows[1])],
+                "child_name": called,
                 "along": (every @ own / own.square().sum()).numpy(),
                 "across": ((every - middle) @ difference / difference.square().sum()).numpy(),
             }))  # fmt: skip

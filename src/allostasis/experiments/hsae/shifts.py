@@ -26,7 +26,7 @@ LARGEST = 2.0  # median lengths of the stream: a larger step is not taken
 
 
 def contexts(model: LanguageModel, n: int) -> Float[Tensor, "context d_model"]:
-    """What the unembedding reads at the last token of passages that no autoencoder is trained on."""
+    """What the unembedding reads at the last token of passages that train no autoencoder."""
     found: list[Tensor] = []
     for text in documents(GLOSSES):
         if len(found) == n:
@@ -105,7 +105,9 @@ class Shifts:
         self.weights = model.decoder.W_U.detach()[:, torch.from_numpy(kept)].float().cpu()
         logits = resid @ self.weights
         bias = model.decoder.unembed_bias
-        self.logits = logits if bias is None else logits + bias[torch.from_numpy(kept)].float().cpu()
+        self.logits = (
+            logits if bias is None else logits + bias[torch.from_numpy(kept)].float().cpu()
+        )
         self.reach = LARGEST * float(resid.norm(dim=1).median())
 
     def direction(self, white: Float[Tensor, " width"]) -> Float[Tensor, " d_model"]:
@@ -123,7 +125,10 @@ class Shifts:
 
     def gain(self, effect: Tensor, alpha: float, targets: Tensor) -> float:
         """Mean gain of the targets' log probability in nats, over contexts."""
-        before, after = self.logits.logsumexp(dim=1), (self.logits + alpha * effect).logsumexp(dim=1)
+        before, after = (
+            self.logits.logsumexp(dim=1),
+            (self.logits + alpha * effect).logsumexp(dim=1),
+        )
         return float(alpha * effect[targets].mean() - (after - before).mean())
 
     def doses(
@@ -140,8 +145,12 @@ class Shifts:
 
         peak = minimize_scalar(lost, bounds=(0, limit), method="bounded",
                                options={"xatol": PRECISE * limit})  # fmt: skip
+
+        def missing(alpha: float, nats: float) -> float:
+            return self.gain(effect, alpha, targets) - nats
+
         return [
-            float(brentq(lambda alpha: -lost(alpha) - nats, 0, peak.x, xtol=PRECISE * limit))
+            float(brentq(missing, 0, peak.x, args=(nats,), xtol=PRECISE * limit))
             if -peak.fun >= nats
             else None
             for nats in gains
@@ -206,4 +215,3 @@ def proof_direction(metric: CausalMetric) -> Float[Tensor, " d_model"]:
     white = torch.zeros(len(metric.mean), dtype=torch.float64)
     white[0] = 1
     return metric.to_resid(metric.from_white(white)).values.float()
-

@@ -163,7 +163,9 @@ class Collected:
     def _read(self, name: str, cloud: Measured) -> None:
         edges = cloud.edges
         clusters = pd.Series({child: self.roots[int(child)] for child in edges.index})
-        self._add("angle.median", float(edges["angle"].median()), len(edges), control=name, unit="deg")
+        self._add(
+            "angle.median", float(edges["angle"].median()), len(edges), control=name, unit="deg"
+        )
         off = (edges["angle"] - 90).abs()
         self._add("angle.off_median", float(off.median()), len(edges), control=name, unit="deg")
         self._mean("cosine.mean", edges["cosine"], clusters, control=name)
@@ -203,9 +205,13 @@ class Collected:
         for name in self.measured:
             if name == OWN or "lco" not in self.measured[name].edges:
                 continue
-            both = self.measured[OWN].edges[["lco"]].join(
-                self.measured[name].edges["lco"], rsuffix="_other"
-            ).dropna()
+            both = (
+                self
+                .measured[OWN]
+                .edges[["lco"]]
+                .join(self.measured[name].edges["lco"], rsuffix="_other")
+                .dropna()
+            )
             if len(both):
                 gap = 1 - both["lco"].sum() / both["lco_other"].sum()
                 self._add("lco.gap", float(gap), len(both), control=name)
@@ -257,7 +263,9 @@ class Collected:
             found[column] = found["child"].map(own[column])
         made = {"edges": found}
         for kind in ("existence", "siblings", "families", "pairs", "projections"):
-            shown = (OWN,) if kind == "pairs" else (OWN, "shuffled") if kind == "projections" else ()
+            shown = (
+                (OWN,) if kind == "pairs" else (OWN, "shuffled") if kind == "projections" else ()
+            )
             frames = [
                 getattr(cloud, kind).assign(control=name)
                 for name, cloud in self.measured.items()
@@ -308,7 +316,7 @@ class Collected:
         return rows.assign(intervention="concept", split="all", cluster=clusters)
 
     def add_doses(self, doses: pd.DataFrame, table: ConceptTable) -> None:
-        """Take in what adding the teacher's vectors did; a dose that was not reached has no value."""
+        """Take in what adding vectors did; a dose that was not reached has no value."""
         there = doses.reindex(columns=[
             "synset", "subtree", "by", "asked", "reached", "alpha", "gain", "shift",
             "shift_siblings", "shift_random", "shift_random_size", "kl", "kl_median",
@@ -317,7 +325,10 @@ class Collected:
         names = [f"{by} {asked:g}" for by, asked in zip(there["by"], there["asked"], strict=True)]
         clusters = [f"{table.names[root]}.{root}" for root in there["subtree"]]
         self._doses = there.drop(columns=["by", "asked", "subtree"]).assign(
-            intervention=names, split="all", cluster=clusters, reached=there["reached"].astype(float)
+            intervention=names,
+            split="all",
+            cluster=clusters,
+            reached=there["reached"].astype(float),
         )
         for name, rows in self._doses.groupby("intervention"):
             for column in ("shift", "shift_siblings", "shift_random", "kl", "kl_random", "reached"):
@@ -325,7 +336,9 @@ class Collected:
                 if len(values):
                     unit = {"kl": "nat", "kl_random": "nat", "reached": "1"}.get(column, "logit")
                     metric = f"dose.{column}"
-                    self._add(metric, float(values.median()), len(values), control=str(name), unit=unit)
+                    self._add(
+                        metric, float(values.median()), len(values), control=str(name), unit=unit
+                    )
 
     # ------------------------------------------------------------------ in scalars
 
@@ -354,5 +367,3 @@ class Collected:
             "gate": "passed" if not against else "failed: " + "; ".join(against),
             "checks": {"calibrated": self._facts["calibrated"]},
         }  # fmt: skip
-
-
