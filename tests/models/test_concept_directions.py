@@ -54,8 +54,8 @@ def test_nulls_are_within_their_closed_forms() -> None:  # T-07
         whole.append(float(d.cosine(child - parent, parent)))
         independent.append(float(d.cosine(own[0] - own[1], own[1])))
         disjoint.append(float(d.cosine(child - rest, rest)))
-        null = d.null_random_parent(*(v.norm().numpy() for v in (child, other)))
-        random.append(float(d.cosine(child - other, other)) - float(null))
+        null = d.null_random_parent(*(v.norm()[None].numpy() for v in (child, other)))
+        random.append(float(d.cosine(child - other, other)) - float(null[0]))
     assert abs(np.mean(whole)) < 0.05
     assert abs(np.mean(random)) < 0.05
     closed = d.null_independent(share, n_child, n_parent)

@@ -84,11 +84,11 @@ def tables(arms: Sequence[Arm]) -> list[Table]:
 
 def gate_table(arms: Sequence[Arm]) -> Table:
     """Whether each run found a geometry: noise must not."""
-    rows = [
-        (condition, str(run.seed), *(number(run.summary.get(k)) for k in
-         ("angle", "dprime", "defined", "rms")), str(run.summary["gate"]))
-        for condition, run in lab_tables.runs(arms)
-    ]  # fmt: skip
+    rows = []
+    for condition, run in lab_tables.runs(arms):
+        said: Any = run.summary
+        values = [number(said[name]) for name in ("angle", "dprime", "defined", "rms")]
+        rows.append((condition, str(run.seed), *values, str(said["gate"])))
     return Table(
         "The gate",
         ("condition", "seed", "median angle", "mean d'", "edges defined", "RMS cosine", "gate"),
@@ -129,7 +129,8 @@ def null_table(arms: Sequence[Arm]) -> Table:
             rows["metric"], rows[columns].to_numpy(float), rows["n"], strict=True
         )
     ]
-    word = "" if run.summary["checks"]["calibrated"] else "NOT "
+    said: Any = run.summary
+    word = "" if said["checks"]["calibrated"] else "NOT "
     return Table(
         "Nulls",
         ("cosine of difference and parent", "closed form", "simulated", "difference", "edges"),
@@ -187,7 +188,7 @@ def dose_table(arms: Sequence[Arm]) -> Table:
 def _cell(rows: pd.DataFrame, name: str) -> str:
     if name not in rows.index:
         return "-"
-    row = rows.loc[name]
+    row: Any = rows.loc[name]
     value, low, high = (row[column] for column in ("value", "ci_low", "ci_high"))
     return number(value) if pd.isna(low) else f"{number(value)} [{number(low)}, {number(high)}]"
 
@@ -278,7 +279,7 @@ def _existence(arms: Sequence[Arm]) -> Any:
     _, run = _main(arms)
     rows = _table(run, "existence")
     canvas_, axes = plt.subplots(figsize=(7.4, 4))
-    bins = np.linspace(*np.percentile(rows["dprime"], [0, 100]), 50)
+    bins = np.linspace(float(rows["dprime"].min()), float(rows["dprime"].max()), 50)
     for name, group in rows.groupby("control"):
         title, colour = SHOWN[str(name)]
         axes.hist(group["dprime"], bins, histtype="step", lw=1.6, color=colour, label=title)

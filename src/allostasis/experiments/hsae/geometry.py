@@ -63,7 +63,8 @@ class Geometry:
         rng: np.random.Generator,
         parent_of: Mapping[int, int] | None = None,
     ) -> None:
-        self.placed, self.table, self.estimator = placed, placed.table, estimator
+        self.placed, self.table = placed, placed.table
+        self.estimator: Estimator = estimator
         self.precision, self.rng = precision, rng
         edges = self.table.edges
         if parent_of is not None:

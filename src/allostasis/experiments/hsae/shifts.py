@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -143,14 +143,14 @@ class Shifts:
         def lost(alpha: float) -> float:
             return -self.gain(effect, alpha, targets)
 
-        peak = minimize_scalar(lost, bounds=(0, limit), method="bounded",
+        peak: Any = minimize_scalar(lost, bounds=(0, limit), method="bounded",
                                options={"xatol": PRECISE * limit})  # fmt: skip
 
         def missing(alpha: float, nats: float) -> float:
             return self.gain(effect, alpha, targets) - nats
 
         return [
-            float(brentq(missing, 0, peak.x, args=(nats,), xtol=PRECISE * limit))
+            cast(float, brentq(missing, 0, peak.x, args=(nats,), xtol=PRECISE * limit))
             if -peak.fun >= nats
             else None
             for nats in gains

@@ -235,7 +235,9 @@ class Collected:
         self._facts["calibrated"] = True
         for line, (name, simulated, closed) in lines.items():
             there = simulated.dropna()
-            wanted = closed if isinstance(closed, float) else float(closed.loc[there.index].mean())
+            wanted = float(
+                closed.loc[there.index].mean() if isinstance(closed, pd.Series) else closed
+            )
             value = float(there.mean())
             if not len(there):
                 continue
