@@ -282,7 +282,7 @@ def _existence(arms: Sequence[Arm]) -> Any:
     bins = np.linspace(float(rows["dprime"].min()), float(rows["dprime"].max()), 50)
     for name, group in rows.groupby("control"):
         title, colour = SHOWN[str(name)]
-        axes.hist(group["dprime"], bins, histtype="step", lw=1.6, color=colour, label=title)
+        axes.hist(group["dprime"], [*bins], histtype="step", lw=1.6, color=colour, label=title)
     axes.axvline(1, color=canvas.INK, ls=":", lw=1)
     axes.set(xlabel="d' of held-out members", ylabel="concepts")
     axes.legend()

@@ -87,7 +87,7 @@ def published_unit(child: Tensor, parent: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- what isotropic noise gives
-def null_independent(share: float, n_child: float, n_parent: float) -> float:
+def null_independent(share: float, n_child: int, n_parent: int) -> float:
     """Cosine of child less parent with parent on noise, each from its own draw of its tokens.
 
     Args:
@@ -103,7 +103,7 @@ def null_independent(share: float, n_child: float, n_parent: float) -> float:
     return -(a - 1) / float(np.sqrt(a * (a / r + a - 2)))
 
 
-def null_disjoint(n_child: float, n_rest: float) -> float:
+def null_disjoint(n_child: int, n_rest: int) -> float:
     """The same where the parent's tokens are those that are not the child's.
 
     Example:
