@@ -65,6 +65,17 @@ SHORT = {
         "module.n_match=512",
         "module.n_test=512",
     ],
+    # a tiny tokenizer knows no hierarchy of nouns, so that concepts are of the real one
+    "hsae_teacher": [
+        "task.min_lemmas=300",
+        "module.controls=[shuffled]",
+        "module.selection.parents=4",
+        "module.n_contexts=2",
+        "module.n_partitions=2",
+        "module.n_boot=100",
+        "module.n_perm=100",
+        "module.n_background=1000",
+    ],
 }
 DESIGNS = {
     path.stem: list(yaml.safe_load(path.read_text())["conditions"])

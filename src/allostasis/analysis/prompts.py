@@ -150,7 +150,12 @@ def difference_of(examples: pd.DataFrame, name: str, other: str) -> Pair:
 def gap_of(examples: pd.DataFrame, name: str, other: str) -> Pair:
     """1 - the sum of a column over that of another; 0: they are the same, 1: the first is 0."""
     values, others = column(examples, name), column(examples, other)
-    return others - values, others
+    return values - others, -others
+
+
+def ratio_of(examples: pd.DataFrame, name: str, other: str) -> Pair:
+    """The sum of a column over that of another."""
+    return column(examples, name), column(examples, other)
 
 
 def _over_rows(values: Column) -> Pair:

@@ -1,4 +1,4 @@
-"""Concepts as vectors of the unembedding, in whitened coordinates: estimates, nulls, disjoint tests.
+"""Concepts as whitened vectors of the unembedding: estimates, nulls, disjoint tests.
 
 A concept's vector has a length: its members project to about 1 in units of its square. So nothing
 here normalises a vector before a difference is taken.
@@ -87,7 +87,7 @@ def published_unit(child: Tensor, parent: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- what isotropic noise gives
-def null_independent(share: float, n_child: float, n_parent: float) -> float:
+def null_independent(share: float, n_child: int, n_parent: int) -> float:
     """Cosine of child less parent with parent on noise, each from its own draw of its tokens.
 
     Args:
@@ -103,7 +103,7 @@ def null_independent(share: float, n_child: float, n_parent: float) -> float:
     return -(a - 1) / float(np.sqrt(a * (a / r + a - 2)))
 
 
-def null_disjoint(n_child: float, n_rest: float) -> float:
+def null_disjoint(n_child: int, n_rest: int) -> float:
     """The same where the parent's tokens are those that are not the child's.
 
     Example:
@@ -113,15 +113,14 @@ def null_disjoint(n_child: float, n_rest: float) -> float:
     return -float(np.sqrt(n_child / (n_child + n_rest)))
 
 
-def null_random_parent(child: Tensor, parent: Tensor) -> Tensor:
-    """Cosine of child less parent with a parent that has nothing to do with the child.
+def null_random_parent(child: np.ndarray, parent: np.ndarray) -> np.ndarray:
+    """The same with a parent that is orthogonal to the child, by the lengths of both vectors.
 
     Example:
-        >>> null_random_parent(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])).round(decimals=3)
-        tensor(-0.7070)
+        >>> null_random_parent(np.array([1.0]), np.array([1.0])).round(3)
+        array([-0.707])
     """
-    c, p = child.norm(dim=-1), parent.norm(dim=-1)
-    return -p / (c.square() + p.square()).sqrt()
+    return -parent / np.hypot(child, parent)
 
 
 # ---------------------------------------------------------------- held-out members

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor

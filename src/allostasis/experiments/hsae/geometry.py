@@ -22,6 +22,8 @@ from allostasis.models.concept_directions import N_FOLDS, Estimator, Lemmas
 HELD_OUT = ("val", "test")
 LEAST_REST = 30  # tokens of a parent that are not the child's
 MIN_CORNERS = 3
+N_DRAWN = 4  # parents whose tokens are kept for a figure
+N_OTHERS = 200
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Geometry:
         rng: np.random.Generator,
         parent_of: Mapping[int, int] | None = None,
     ) -> None:
-        self.placed, self.table, self.estimator = placed, placed.table, estimator
+        self.placed, self.table = placed, placed.table
+        self.estimator: Estimator = estimator
         self.precision, self.rng = precision, rng
         edges = self.table.edges
         if parent_of is not None:
@@ -290,6 +293,58 @@ class Geometry:
                 "parent": parent, "k": len(there), "n": len(labels), **vars(level), **vars(shape)
             })  # fmt: skip
         return pd.DataFrame(rows)
+
+    # ------------------------------------------------------------------ for the figures
+    def pairs(self) -> pd.DataFrame:
+        """Cosine of each two concepts' vectors, one row a pair, in the order of the tree."""
+        order = self._tree_order()
+        vectors = torch.stack([self.vectors[synset] for synset in order])
+        units = vectors / vectors.norm(dim=1, keepdim=True)
+        cosines = (units @ units.T).numpy()
+        first, second = np.triu_indices(len(order), k=1)
+        synsets = np.array(order)
+        return pd.DataFrame({
+            "synset": synsets[first], "other": synsets[second], "place": first,
+            "other_place": second, "cosine": cosines[first, second],
+        })  # fmt: skip
+
+    def _tree_order(self) -> list[int]:
+        """Every concept behind its parent, before its parent's next child."""
+        children: dict[int | None, list[int]] = defaultdict(list)
+        for synset, parent in self.table.parents.items():
+            children[parent].append(synset)
+
+        def below(synset: int) -> list[int]:
+            return [synset, *(one for child in children[synset] for one in below(child))]
+
+        return [one for root in children[None] for one in below(root)]
+
+    def projections(self) -> pd.DataFrame:
+        """Held-out tokens of the two largest children of the largest parents.
+
+        `along` is <g, l_p> / |l_p|^2 and `across` <g - (l_c0 + l_c1)/2, d> / |d|^2 with
+        d = l_c1 - l_c0, so that the children are at -0.5 and 0.5. Child -1 is other tokens.
+        """
+        families = {p: self._held_out(c) for p, c in self._families().items() if len(c) > 1}
+        largest = sorted(families, key=lambda parent: (-len(families[parent]), parent))
+        frames: list[pd.DataFrame] = []
+        for parent in largest[:N_DRAWN]:
+            sizes = families[parent]["child"].value_counts()
+            c0, c1 = sorted(sizes.index, key=lambda child: (-sizes[child], child))[:2]
+            own, difference = self.vectors[parent], self.vectors[c1] - self.vectors[c0]
+            middle = (self.vectors[c1] + self.vectors[c0]) / 2
+            tokens = families[parent][families[parent]["child"].isin([c0, c1])]
+            rows = [self.placed.at(tokens["token_id"].to_numpy()), self.placed.others[:N_OTHERS]]
+            every = torch.cat(rows)
+            called = [*(self.table.names[c] for c in tokens["child"]), *["other"] * len(rows[1])]
+            frames.append(pd.DataFrame({
+                "parent": parent, "parent_name": self.table.names[parent],
+                "child": [*tokens["child"], *[-1] * len(rows[1])],
+                "child_name": called,
+                "along": (every @ own / own.square().sum()).numpy(),
+                "across": ((every - middle) @ difference / difference.square().sum()).numpy(),
+            }))  # fmt: skip
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     def _held_out(self, children: list[int]) -> pd.DataFrame:
         """Held-out tokens of exactly one child."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ LARGEST = 2.0  # median lengths of the stream: a larger step is not taken
 
 
 def contexts(model: LanguageModel, n: int) -> Float[Tensor, "context d_model"]:
-    """What the unembedding reads at the last token of passages that no autoencoder is trained on."""
+    """What the unembedding reads at the last token of passages that train no autoencoder."""
     found: list[Tensor] = []
     for text in documents(GLOSSES):
         if len(found) == n:
@@ -143,10 +143,14 @@ class Shifts:
         def lost(alpha: float) -> float:
             return -self.gain(effect, alpha, targets)
 
-        peak = minimize_scalar(lost, bounds=(0, limit), method="bounded",
+        peak: Any = minimize_scalar(lost, bounds=(0, limit), method="bounded",
                                options={"xatol": PRECISE * limit})  # fmt: skip
+
+        def missing(alpha: float, nats: float) -> float:
+            return self.gain(effect, alpha, targets) - nats
+
         return [
-            float(brentq(lambda alpha: -lost(alpha) - nats, 0, peak.x, xtol=PRECISE * limit))
+            cast(float, brentq(missing, 0, peak.x, args=(nats,), xtol=PRECISE * limit))
             if -peak.fun >= nats
             else None
             for nats in gains

@@ -75,9 +75,11 @@ class HSAETeacher(L.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.task = model, task
-        self.control, self.metric, self.estimator = control, metric, estimator
+        self.control: Arm = control
+        self.metric: Metric = metric
+        self.estimator: Estimator = estimator
         self.shrinkage: Shrinkage = shrinkage
-        self.controls = tuple(controls)
+        self.controls: tuple[Control, ...] = tuple(controls)
         self.selection = selection
         self.alphas, self.gains, self.n_contexts = tuple(alphas), tuple(gains), n_contexts
         self.precision = Precision(
@@ -127,9 +129,10 @@ class HSAETeacher(L.LightningModule):
         background = np.sort(self._rng("background").choice(self.kept, size, replace=False))
         tick = Ticker(f"hsae_teacher {self.control} {self.metric} seed {self.task.seed}",
                       noun="clouds")  # fmt: skip
-        there = [control for control in self.controls if control != self.metric]
+        there: list[Control] = [one for one in self.controls if one != self.metric]
+        names: list[Control | Literal["own"]] = ["own", *there]
         measured: dict[str, teacher_tables.Measured] = {}
-        for done, name in enumerate(("own", *there)):
+        for done, name in enumerate(names):
             placed = self._placed(table, background, None if name == "own" else name)
             pairs = self._parents(table) if self.control == "random_parent" else None
             geometry = self._geometry(placed, name, pairs)
@@ -139,7 +142,7 @@ class HSAETeacher(L.LightningModule):
             )
             if name == "own":
                 measured["random_parent"] = teacher_tables.measure_pairs(deranged)
-            tick(done + 1, len(there) + 1)
+            tick(done + 1, len(names))
         rows = teacher_tables.Collected(table, measured, self.precision, self._rng("bootstrap"))
         tables = rows.tables()
         if self.selection is not None:

@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 
 from allostasis.experiments.hsae.geometry import Geometry, Precision
+from allostasis.models import concept_directions as directions
 from allostasis.tasks.concepts import ConceptTable
 
 EXISTS = 1.0  # d' from which on held-out members are told from other tokens
 COSINE = 0.174  # of 80 degrees
-MOST_UNDEFINED = 0.5  # of the edges
+LEAST_DEFINED = 0.5  # of the edges
 CALIBRATED = 0.05  # cosine by which a simulated null may miss its closed form
 MIN_SUBTREES = 10
 LEVEL = 0.95
@@ -36,12 +37,16 @@ class Measured:
         existence: One row a concept.
         siblings: One row a relation of several concepts.
         families: One row a parent.
+        pairs: Cosine of each two concepts.
+        projections: Held-out tokens of two children along their parent and their difference.
     """
 
     edges: pd.DataFrame
     existence: pd.DataFrame = field(default_factory=pd.DataFrame)
     siblings: pd.DataFrame = field(default_factory=pd.DataFrame)
     families: pd.DataFrame = field(default_factory=pd.DataFrame)
+    pairs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    projections: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def measure(geometry: Geometry, *, deranged: Geometry | None, share: float) -> Measured:
@@ -60,7 +65,10 @@ def measure(geometry: Geometry, *, deranged: Geometry | None, share: float) -> M
         edges["independent"], edges["independent_null"] = drawn["cosine"], drawn["null"]
         pairs = _angles(deranged)
         edges["random"], edges["random_null"] = pairs["cosine"], _null_of_pairs(pairs)
-    return Measured(edges, geometry.existence(), geometry.siblings(), geometry.families())
+    return Measured(
+        edges, geometry.existence(), geometry.siblings(), geometry.families(),
+        geometry.pairs(), geometry.projections(),
+    )  # fmt: skip
 
 
 def measure_pairs(geometry: Geometry) -> Measured:
@@ -72,7 +80,8 @@ def measure_pairs(geometry: Geometry) -> Measured:
 
 def _null_of_pairs(edges: pd.DataFrame) -> pd.Series:
     """Cosine of child less parent with a parent that is orthogonal to the child."""
-    return -edges["norm_parent"] / np.hypot(edges["norm_child"], edges["norm_parent"])
+    lengths = edges["norm_child"].to_numpy(), edges["norm_parent"].to_numpy()
+    return pd.Series(directions.null_random_parent(*lengths), index=edges.index)
 
 
 def _angles(geometry: Geometry) -> pd.DataFrame:
@@ -226,7 +235,9 @@ class Collected:
         self._facts["calibrated"] = True
         for line, (name, simulated, closed) in lines.items():
             there = simulated.dropna()
-            wanted = closed if isinstance(closed, float) else float(closed.loc[there.index].mean())
+            wanted = float(
+                closed.loc[there.index].mean() if isinstance(closed, pd.Series) else closed
+            )
             value = float(there.mean())
             if not len(there):
                 continue
@@ -240,7 +251,7 @@ class Collected:
     # ------------------------------------------------------------------ tables
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """edges.parquet, existence.parquet, siblings.parquet and families.parquet."""
+        """By file: `edges` with one row a statistic, and the other frames of `Measured`."""
         names = self.table.names
         edges = []
         for name, cloud in self.measured.items():
@@ -253,11 +264,15 @@ class Collected:
         for column in ("parent", "parent_name", "child_name", "subtree"):
             found[column] = found["child"].map(own[column])
         made = {"edges": found}
-        for kind in ("existence", "siblings", "families"):
+        for kind in ("existence", "siblings", "families", "pairs", "projections"):
+            shown = (
+                (OWN,) if kind == "pairs" else (OWN, "shuffled") if kind == "projections" else ()
+            )
             frames = [
                 getattr(cloud, kind).assign(control=name)
-                for name, cloud in self.measured.items() if len(getattr(cloud, kind))
-            ]  # fmt: skip
+                for name, cloud in self.measured.items()
+                if len(getattr(cloud, kind)) and (not shown or name in shown)
+            ]
             if frames:
                 made[kind] = pd.concat(frames, ignore_index=True)
         if "existence" in made:
@@ -284,6 +299,10 @@ class Collected:
                 if column in cloud.edges:
                     rows[f"{column}_{name}"] = cloud.edges[column].astype(float)
             rows[f"off_{name}"] = (rows[f"angle_{name}"] - 90).abs()
+        # an angle is asked for only where most parents are there at all
+        for suffix in ("", *(f"_{name}" for name in self.measured if name != OWN)):
+            if rows[f"defined{suffix}"].mean() < LEAST_DEFINED:
+                rows[f"cross_squared{suffix}"] = np.nan
         clusters = [self.roots[int(child)] for child in rows.index]
         rows = rows.rename_axis("child").reset_index()
         return rows.assign(intervention="edge", split="all", cluster=clusters)
@@ -299,7 +318,7 @@ class Collected:
         return rows.assign(intervention="concept", split="all", cluster=clusters)
 
     def add_doses(self, doses: pd.DataFrame, table: ConceptTable) -> None:
-        """Take in what adding the teacher's vectors did; a dose that was not reached has no value."""
+        """Take in what adding vectors did; a dose that was not reached has no value."""
         there = doses.reindex(columns=[
             "synset", "subtree", "by", "asked", "reached", "alpha", "gain", "shift",
             "shift_siblings", "shift_random", "shift_random_size", "kl", "kl_median",
@@ -334,7 +353,7 @@ class Collected:
         against = []
         if of_dprime is None or of_dprime[0] <= EXISTS:
             against.append("held-out members are not told from other tokens")
-        if share < MOST_UNDEFINED:
+        if share < LEAST_DEFINED:
             against.append("most edges have no parent above noise")
         if of_rms is None or of_rms[1] > COSINE:
             against.append("root mean square cosine not shown to be below that of 80 degrees")
