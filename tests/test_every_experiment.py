@@ -70,6 +70,7 @@ DESIGNS = {
     for path in sorted((CONF / "exp").glob("*.yaml"))
 }
 ARMS = [(exp, condition) for exp, conditions in DESIGNS.items() for condition in conditions]
+SLOW = {"hsae_teacher"}  # all arms of it: they need a real vocabulary
 AT_ONCE = 2  # arms of an experiment that are tried in the tests that take seconds
 
 
@@ -88,7 +89,7 @@ def shared_out(arms: list[tuple[str, str]]) -> list:
         pytest.param(
             exp,
             condition,
-            marks=pytest.mark.slow if condition in DESIGNS[exp][AT_ONCE:] else (),
+            marks=pytest.mark.slow if exp in SLOW or condition in DESIGNS[exp][AT_ONCE:] else (),
         )
         for exp, condition in arms
     ]
