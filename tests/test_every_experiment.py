@@ -90,6 +90,7 @@ ARMS = [
     for condition in conditions
     if exp not in READERS
 ]
+SLOW = {"hsae_teacher"}  # all arms of it: they need a real vocabulary
 AT_ONCE = 2  # arms of an experiment that are tried in the tests that take seconds
 
 
@@ -109,7 +110,7 @@ def shared_out(arms: list[tuple[str, str]]) -> list:
         pytest.param(
             exp,
             condition,
-            marks=pytest.mark.slow if condition in DESIGNS[exp][AT_ONCE:] else (),
+            marks=pytest.mark.slow if exp in SLOW or condition in DESIGNS[exp][AT_ONCE:] else (),
         )
         for exp, condition in arms
     ]

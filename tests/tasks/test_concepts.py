@@ -22,10 +22,10 @@ def made():
 @pytest.mark.slow
 def test_wordnet_gives_the_known_counts(made) -> None:  # T-09
     from allostasis.core import wordnet
-    from allostasis.tasks.concepts import members
+    from allostasis.tasks.concepts import members, single_tokens
 
-    task, _, digest, _ = made
-    found = members(wordnet.nouns(), task._single[digest])
+    nouns = wordnet.nouns()
+    found = members(nouns, single_tokens(made[1], nouns))
     counts = [sum(len(words) >= least for words in found.values()) for least in (10, 20, 50)]
     assert counts == [1447, 759, 323]
 

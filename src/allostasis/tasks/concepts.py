@@ -7,7 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +51,7 @@ def forms(lemma: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((one, one.capitalize(), many, many.capitalize())))
 
 
+@lru_cache(maxsize=2)
 def single_tokens(tokenizer: Batch, nouns: wordnet.Nouns) -> dict[str, dict[str, int]]:
     """Of each lemma without a blank, its forms that are one token after a space, with the token.
 
@@ -320,7 +321,6 @@ class Concepts(L.LightningDataModule):
             )
         self.seed, self.min_lemmas, self.max_fraction = seed, min_lemmas, max_fraction
         self.split = tuple(split)
-        self._single: dict[str, dict[str, dict[str, int]]] = {}
 
     def build(
         self, tokenizer: Batch, *, tokenizer_sha256: str, min_lemmas: int | None = None
@@ -333,9 +333,7 @@ class Concepts(L.LightningDataModule):
             min_lemmas: Another least size; lemmas fall on the same sides.
         """
         nouns = wordnet.nouns()
-        if tokenizer_sha256 not in self._single:
-            self._single[tokenizer_sha256] = single_tokens(tokenizer, nouns)
-        single = self._single[tokenizer_sha256]
+        single = single_tokens(tokenizer, nouns)
         least = self.min_lemmas if min_lemmas is None else min_lemmas
         words = members(nouns, single)
         large = {synset: found for synset, found in words.items() if len(found) >= least}

@@ -98,7 +98,7 @@ class Placed:
     ids: np.ndarray
     rows: Float[Tensor, "token width"]
     background: np.ndarray
-    others: Float[Tensor, "token width"]
+    others: Float[Tensor, "other width"]
 
     @classmethod
     def of(cls, table: ConceptTable, there: Cloud) -> Placed:

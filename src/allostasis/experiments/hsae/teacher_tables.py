@@ -205,15 +205,10 @@ class Collected:
         for name in self.measured:
             if name == OWN or "lco" not in self.measured[name].edges:
                 continue
-            both = (
-                self
-                .measured[OWN]
-                .edges[["lco"]]
-                .join(self.measured[name].edges["lco"], rsuffix="_other")
-                .dropna()
-            )
+            other = self.measured[name].edges["lco"].rename("other")
+            both = self.measured[OWN].edges[["lco"]].join(other).dropna()
             if len(both):
-                gap = 1 - both["lco"].sum() / both["lco_other"].sum()
+                gap = 1 - both["lco"].sum() / both["other"].sum()
                 self._add("lco.gap", float(gap), len(both), control=name)
 
     def _calibrate(self) -> None:
