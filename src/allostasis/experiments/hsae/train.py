@@ -466,8 +466,9 @@ class HsaeTrain(L.LightningModule):
 
     # ------------------------------------------------------------------ what recorders see
 
-    def probe_accuracy(self) -> float:
+    def probe_accuracy(self, *, is_followed: bool = False) -> float:
         """No accuracy: an autoencoder answers nothing, and is recorded every `sparse_every`."""
+        del is_followed
         return 0.0
 
     def snapshots(self, hooks: Sequence[str], *, full: bool) -> Iterator[Snapshot]:
