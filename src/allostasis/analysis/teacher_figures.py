@@ -87,7 +87,8 @@ def gate_table(arms: Sequence[Arm]) -> Table:
     rows = []
     for condition, run in lab_tables.runs(arms):
         said: Any = run.summary
-        values = [number(said[name]) for name in ("angle", "dprime", "defined", "rms")]
+        scalars = [said[name] for name in ("angle", "dprime", "defined", "rms")]
+        values = ["undefined" if one is None else number(one) for one in scalars]
         rows.append((condition, str(run.seed), *values, str(said["gate"])))
     return Table(
         "The gate",
