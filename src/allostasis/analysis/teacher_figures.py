@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,39 +36,39 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "Left: with all training tokens, where noise gives 90 degrees by arithmetic; dashed: "
             "what random parents give in closed form. Right: cosines from lemmas that the two do "
             f"not share; dotted: 80 degrees, the bound. {of}",
-            partial(_angles, arms),
+            partial(_styled, _angles, arms),
         ),
         Figure(
             "leave_child_out", "Parents without the child's tokens",
             "Cosine of difference and parent, the parent from the tokens that are not the child's, "
             "by the child's share of both. Line: what noise gives in closed form; a perfect "
             f"hierarchy lies near 0, not at it. {of}",
-            partial(_leave_child_out, arms),
+            partial(_styled, _leave_child_out, arms),
         ),
         Figure(
             "existence", "Held-out members along their concept's vector",
             f"d' of held-out members against other tokens, one a concept; dotted: the bound. {of}",
-            partial(_existence, arms),
+            partial(_styled, _existence, arms),
         ),
         Figure(
             "tree", "Concepts in the order of the tree",
             "Left: cosine of each two concepts' vectors. Right: steps between them in the tree; "
             f"concepts below different roots are grey. {of}",
-            partial(_tree, arms),
+            partial(_styled, _tree, arms),
         ),
         Figure(
             "corners", "Held-out tokens of two children",
             "Along their parent's vector and along their difference, in units of both lengths; the "
             "children's vectors are at -0.5 and 0.5. Above: the model's rows; below: the same with "
             f"shuffled rows, at equal scale. {of}",
-            partial(_corners, arms),
+            partial(_styled, _corners, arms),
         ),
         Figure(
             "doses", "What adding a parent's vector does",
             "Left: change of the logits of its held-out members, of other parents' members, and of "
             "its members under random directions of the same length. Right: KL(before || after) "
             f"among its own members, nats, at doses by gain. One dot a parent. {of}",
-            partial(_doses, arms),
+            partial(_styled, _doses, arms),
         ),
     ]  # fmt: skip
 
@@ -225,6 +225,12 @@ def _edges(run: RunView, statistic: str) -> pd.DataFrame:
 
 
 # ---------------------------------------------------------------- figures
+
+
+def _styled(draw: Callable[[Sequence[Arm]], Any], arms: Sequence[Arm]) -> Any:
+    """A figure in the report's style."""
+    with canvas.style():
+        return draw(arms)
 
 
 def _angles(arms: Sequence[Arm]) -> Any:
