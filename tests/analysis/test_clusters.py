@@ -307,8 +307,11 @@ def test_a_field_that_is_not_set_is_not_frozen() -> None:
 
 
 def test_every_summary_of_prompts_names_its_table() -> None:
+    words = {"mean_of": "(a)", "share_above": "(a, 1)"}
+    words |= dict.fromkeys(("difference_of", "gap_of", "ratio_of"), "(a, b)")
+    words |= dict.fromkeys(("norm_ratio", "norm_excess"), "(end)")
     found = {
-        name: summaries.parse(f"{name}(end)" if name.startswith("norm") else name).prompts
+        name: summaries.parse(name + words.get(name, "")).prompts
         for name in summaries.functions()
         if hasattr(prompts, name)
     }
@@ -318,7 +321,8 @@ def test_every_summary_of_prompts_names_its_table() -> None:
         "norm_excess": "depths", "head_variance": "examples", "stream_variance": "examples",
         "logit_diff_change": "examples", "interaction": "examples", "recovery": "examples",
         "direct_effect": "examples", "hedge_shift": "examples", "patch_asymmetry": "examples",
-        "patch_recovery": "examples",
+        "patch_recovery": "examples", "mean_of": "examples", "share_above": "examples",
+        "difference_of": "examples", "gap_of": "examples", "ratio_of": "examples",
     }  # fmt: skip
 
 

@@ -54,7 +54,8 @@ def test_a_noisy_teacher_is_off_by_its_angle(degrees: float) -> None:
     parents, children = made.directions(degrees)
     found = torch.cat([parents, children.reshape(-1, 64)]).double()
     cosines = (found * made.vectors.double()).sum(dim=1)
-    assert_close(cosines, torch.full((80,), np.cos(np.radians(degrees))), rtol=0, atol=1e-6)
+    expected = torch.full((80,), np.cos(np.radians(degrees)), dtype=torch.float64)
+    assert_close(cosines, expected, rtol=0, atol=1e-6)
 
 
 def test_labels_are_of_the_splits_own_lemmas_and_know_nothing_of_the_others() -> None:
