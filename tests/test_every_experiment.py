@@ -81,14 +81,17 @@ DESIGNS = {
     path.stem: list(yaml.safe_load(path.read_text())["conditions"])
     for path in sorted((CONF / "exp").glob("*.yaml"))
 }
+# they read a language model's autoencoder, or its teachers
 READERS = {
-    "hsae_steer"
-}  # whose test makes the run of a language model's autoencoder that they read
+    ("hsae_train", "shuffled_teacher"),
+    ("hsae_train", "euclidean_teacher"),
+    *(("hsae_steer", condition) for condition in DESIGNS["hsae_steer"]),
+}
 ARMS = [
     (exp, condition)
     for exp, conditions in DESIGNS.items()
     for condition in conditions
-    if exp not in READERS
+    if (exp, condition) not in READERS
 ]
 SLOW = {"hsae_teacher"}  # all arms of it: they need a real vocabulary
 AT_ONCE = 2  # arms of an experiment that are tried in the tests that take seconds

@@ -65,6 +65,14 @@ def test_a_stage_with_a_loss_that_moves_nothing_is_refused(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize("condition", ["shuffled_teacher", "euclidean_teacher"])
+def test_a_teacher_that_would_be_another_arms_is_refused(condition: str, tmp_path: Path) -> None:
+    from hydra.errors import InstantiationException
+
+    with pytest.raises((ValueError, InstantiationException), match="would be teacher_init"):
+        run(tmp_path / "refused", f"condition={condition}")
+
+
 @pytest.mark.slow
 def test_the_literal_stage_a_runs_without_the_loss_that_it_could_not_follow(tmp_path: Path) -> None:
     literal = ["condition=teacher_init", "module.stage_a.freeze=[D,Pi_up,Dc]"]

@@ -127,7 +127,12 @@ class HsaeTrain(L.LightningModule):
         evaluate_at: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        del teacher, selection  # of the run that is read
+        del selection  # of the run that is read
+        if isinstance(task, PlantedHierarchy) and teacher != "causal":
+            raise ValueError(
+                f"{teacher=}: planted activations are taught by their true directions, so that "
+                "this arm would be teacher_init; take a language model's activations"
+            )
         self.automatic_optimization = False
         self.task, self.start = task, start
         self.kind: Kind = kind
