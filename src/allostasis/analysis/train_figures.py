@@ -83,7 +83,7 @@ def tables(arms: Sequence[Arm]) -> list[Table]:
 def _cell(values: np.ndarray) -> str:
     if len(values) == 0:
         return ""
-    if len(values) == 1:
+    if np.ptp(values) == 0:  # one seed, or seeds that are all alike: no interval
         return number(values[0])
     found = t_interval(values)
     return f"{number(values.mean())} {bracket(found)}"
@@ -117,7 +117,7 @@ def _scores(arms: Sequence[Arm]) -> Any:
                     continue
                 colour = canvas.ARM_COLOURS[place % len(canvas.ARM_COLOURS)]
                 reach = None
-                if len(values) > 1:
+                if np.ptp(values) > 0:
                     found = t_interval(values)
                     reach = [[values.mean() - found.low], [found.high - values.mean()]]
                 axis.barh(place, values.mean(), xerr=reach, color=colour, alpha=0.5)
