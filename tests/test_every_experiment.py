@@ -215,8 +215,9 @@ def test_the_log_format_of_the_documents_is_there(runs: Runs, exp: str, conditio
 def test_arms_differ_in_hash_and_final_weights(runs: Runs) -> None:
     contents = [json.loads((runs[arm] / "run.json").read_text()) for arm in ARMS]
     assert len({content["config_hash"] for content in contents}) == len(contents)
-    trained = [content["checkpoints"] for content in contents if content["checkpoints"]]
-    assert len({weights["20"] for weights in trained}) == len(TRAINED)
+    # two flat autoencoders are the same where the arms that they read have the same L0
+    trained = [json.loads((runs[arm] / "run.json").read_text()) for arm in ANSWERING]
+    assert len({content["checkpoints"]["20"] for content in trained}) == len(ANSWERING)
     # arms of one seed start from the same weights, where their start is not what sets them apart
     contents = [json.loads((runs[arm] / "run.json").read_text()) for arm in ANSWERING]
     first = {content["checkpoints"]["0"] for content in contents}
