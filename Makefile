@@ -74,7 +74,7 @@ heads_ov: .venv/smollm2 ## what every head of SmolLM2 writes, in its weights and
 hsae_teacher: .venv/smollm2 ## concept vectors of SmolLM2 and what noise cannot give of them (ARGS=preset=quick takes minutes)
 	$(RUN) +exp=hsae_teacher -m $(ARGS)
 
-hsae_train: .venv/smollm2 ## hierarchical and flat autoencoders, ten arms, eight seeds (for a GPU; ARGS="preset=quick seed=0" is for CPUs)
+hsae_train: .venv/smollm2 ## hierarchical and flat autoencoders, every arm, eight seeds (for a GPU; ARGS="preset=quick seed=0" is for CPUs)
 	$(RUN) +exp=hsae_train -m $(ARGS)
 
 hsae_steer: .venv/smollm2 ## steering with what they learned, and single features toggled (likewise)

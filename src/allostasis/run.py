@@ -131,8 +131,8 @@ def read_first(cfg: DictConfig, folder: Path) -> dict[str, RunRecord]:
     others = dict(cfg.module.get("reads_of") or {})
     if exp:
         others[exp] = cfg.condition
-    if conditions or others:
-        build_all(cfg, devices.resolve(cfg.device))
+    if conditions or others:  # of a copy: a node that another one names is resolved where it stands
+        build_all(copy.deepcopy(cfg), devices.resolve(cfg.device))
     found = {c: locate.finished(cfg, c, run, beside=folder) for c in conditions}
     for exp, condition in others.items():
         found[exp] = locate.finished(cfg, condition, run, beside=folder, exp=exp)

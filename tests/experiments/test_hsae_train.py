@@ -139,7 +139,14 @@ def test_arms_differ_in_what_sets_them_apart_alone() -> None:
 def test_a_flat_autoencoder_has_the_l0_and_the_parameters_of_the_arm_it_reads(
     tmp_path: Path,
 ) -> None:
-    content = run(tmp_path / "hsae_train" / "topk" / "seed=0" / "cpu-x", "condition=topk")
+    from allostasis.core.config import run_folder
+
+    words = ["condition=topk", "seed=1"]
+    folder = tmp_path / run_folder(composed(*PLANTED, *words))
+    content = run(folder, *words)
+    # the arm that was read lies where its own command looks for it, whatever the seed
+    assert (tmp_path / run_folder(composed(*PLANTED, "seed=1")) / "run.json").is_file()
+    assert not (folder.parent / "outputs").exists()
     matched = content["matched"]
     assert matched["d_sae"] == content["summary"]["d_sae"] == 84
     assert pytest.approx(content["summary"]["n_parameters"], rel=0.01) == 10_896

@@ -145,7 +145,7 @@ class CausalMetric:
         if not lowest > 0:
             raise ValueError(
                 f"the covariance has an eigenvalue of {lowest:.3g}, so that it has no inverse; "
-                "shrink it with geometry.shrinkage=ledoit_wolf"
+                "shrink it with module.shrinkage=ledoit_wolf"
             )
 
     @cached_property
@@ -293,7 +293,7 @@ def causal_metric(
         shrinkage = 0.0 if is_sound else "ledoit_wolf"
     rho = ledoit_wolf(centred) if shrinkage == "ledoit_wolf" else float(shrinkage)
     if not 0 <= rho < 1:
-        raise ValueError(f"geometry.shrinkage={rho}: a share of the trace lies in [0, 1)")
+        raise ValueError(f"module.shrinkage={rho}: a share of the trace lies in [0, 1)")
     usual = sigma.trace() / width * torch.eye(width, dtype=torch.float64)
     return CausalMetric((1 - rho) * sigma + rho * usual, mean, rho)
 

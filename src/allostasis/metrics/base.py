@@ -61,6 +61,13 @@ class Coding:
     n_parents: int = 0
     parents_only: Float[Tensor, "row d"] | None = None
 
+    @property
+    def levels(self) -> dict[str, slice]:
+        """Latents by part: all of them, and where there are levels, `parents` and `children`."""
+        m = self.n_parents
+        parts = {"parents": slice(m), "children": slice(m, None)} if m else {}
+        return {"": slice(None), **parts}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:

@@ -51,7 +51,7 @@ class DeadFraction(Metric):
         fires = (coding.codes != 0).sum(dim=0)
         self.accumulate("firings", fires)
         self.accumulate("rows", fires.new_tensor(len(coding.codes)))
-        self.n_parents = coding.n_parents
+        self.levels = coding.levels
 
     def means(self) -> dict[Place, Mean]:
         """Give the shares, from the counts of all processes."""
@@ -60,12 +60,6 @@ class DeadFraction(Metric):
             n = torch.where(rows >= ENOUGH, rows, torch.zeros_like(rows))
             found[Place("silent")] = Mean(dead_fraction(firings), rows)
             why = f"fewer than {ENOUGH} rows"
-            found[Place()] = Mean(dead_fraction(firings), n, why)
-            if self.n_parents:
-                levels = {
-                    "parents": firings[: self.n_parents],
-                    "children": firings[self.n_parents :],
-                }
-                for part, some in levels.items():
-                    found[Place(part)] = Mean(dead_fraction(some), n, why)
+            for part, latents in self.levels.items():
+                found[Place(part)] = Mean(dead_fraction(firings[latents]), n, why)
         return found

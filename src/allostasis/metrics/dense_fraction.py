@@ -51,16 +51,13 @@ class DenseFraction(Metric):
         fires = (coding.codes != 0).sum(dim=0)
         self.accumulate("firings", fires)
         self.accumulate("rows", fires.new_tensor(len(coding.codes)))
-        self.n_parents = coding.n_parents
+        self.levels = coding.levels
 
     def means(self) -> dict[Place, Mean]:
         """Give the shares, from the counts of all processes."""
         found: dict[Place, Mean] = {}
         for (_, firings), (_, rows) in zip(self.kept("firings"), self.kept("rows"), strict=True):
             rates = precise(firings) / precise(rows).clamp(min=1)
-            found[Place()] = Mean(dense_fraction(rates), rows)
-            if self.n_parents:
-                levels = {"parents": rates[: self.n_parents], "children": rates[self.n_parents :]}
-                for part, some in levels.items():
-                    found[Place(part)] = Mean(dense_fraction(some), rows)
+            for part, latents in self.levels.items():
+                found[Place(part)] = Mean(dense_fraction(rates[latents]), rows)
         return found

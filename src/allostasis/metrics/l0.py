@@ -46,8 +46,5 @@ class L0(Metric):
     def update(self, snapshot: Snapshot) -> None:
         """Add a snapshot's rows."""
         coding = given(snapshot.coding, "coding")
-        codes, m = coding.codes, coding.n_parents
-        self.add(l0(codes), n=len(codes))
-        if m:
-            self.add(l0(codes[:, :m]), n=len(codes), part="parents")
-            self.add(l0(codes[:, m:]), n=len(codes), part="children")
+        for part, latents in coding.levels.items():
+            self.add(l0(coding.codes[:, latents]), n=len(coding.codes), part=part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -356,8 +356,8 @@ class HsaeTrain(L.LightningModule):
         if self.updates % self.log_grad_every == 0:
             self._note(x, stage)
         optimiser.zero_grad()
-        weights = self._weights(stage)
         raw = self._raw(x, stage, dead, counted=True)
+        weights = self._weights(stage, raw)
         total = torch.stack([weights[name] * value for name, value in raw.items()]).sum()
         total.backward()
         if isinstance(self.model, HierarchicalSAE):
@@ -369,9 +369,10 @@ class HsaeTrain(L.LightningModule):
         self.updates += 1
         return total.detach()
 
-    def _weights(self, stage: Stage) -> dict[str, float]:
+    def _weights(self, stage: Stage, names: Iterable[str]) -> dict[str, float]:
+        """What each loss counts for; SAELens weighs its own."""
         if isinstance(self.model, FlatSAE):
-            return dict.fromkeys(self._flat_losses, 1.0)
+            return dict.fromkeys(names, 1.0)
         rise = min(1.0, (self.updates + 1) / max(1, self.l1_warmup_steps))
         return stage.weights | {"l1": stage.weights["l1"] * rise}
 
@@ -382,7 +383,6 @@ class HsaeTrain(L.LightningModule):
         if isinstance(self.model, FlatSAE):
             mask = dead.parents if dead.n_parents else None
             raw, codes = self.model.losses(x, mask, self.updates)
-            self._flat_losses = tuple(raw)
             if counted:
                 self._fired((codes.detach() > 0).any(dim=0), len(x))
             return raw
@@ -421,14 +421,14 @@ class HsaeTrain(L.LightningModule):
 
     def _note(self, x: Tensor, stage: Stage) -> None:
         """Keep each loss with its gradient, and how near atoms are to where they began."""
-        weights = self._weights(stage) if not isinstance(self.model, FlatSAE) else {}
         about = {"step": self.updates, "stage": stage.name}
-        for name, (value, norm) in self._gradients(x, stage).items():
-            weight = weights.get(name, 1.0)
+        found = self._gradients(x, stage)
+        weights = self._weights(stage, found)
+        for name, (value, norm) in found.items():
             self.curves += [
                 about | {"name": name, "kind": kind, "value": number}
                 for kind, number in (
-                    ("raw", value), ("weighted", weight * value), ("gradient_norm", norm),
+                    ("raw", value), ("weighted", weights[name] * value), ("gradient_norm", norm),
                 )
             ]  # fmt: skip
         if self.beginning is not None and isinstance(self.model, HierarchicalSAE):
