@@ -42,9 +42,10 @@ EVENTS: Events = {
     "t_grok": ("generalised (T_grok)", "*"),
 }
 
-
 TERM_LOOKS = ((ORANGE, "--"), (GREEN, "-."), (INK, "-"))
 """Of log A, log G and their sum."""
+
+WIDE = 1000  # ratio of ends from which an axis is logarithmic
 
 
 def phase_diagram(
@@ -70,6 +71,9 @@ def phase_diagram(
                 for run in arm.runs:
                     points = _trajectory(axis, run, quantity, up, last, events)
                 axis.set_xlabel(quantity.label)
+            values = np.concatenate([quantity.of(run).values for arm in arms for run in arm.runs])
+            if 0 < values.min() < values.max() / WIDE:
+                row[0].set_xscale("log")  # one arm of many would squeeze the others into a line
         for axis, arm in zip(axes[0], arms, strict=True):
             axis.set_title(f"{arm.condition}, {count(arm)}")
         for row in axes:

@@ -153,14 +153,13 @@ def _dynamics(arms: Sequence[Arm]) -> Any:
         names = _recorded(arms, ON_THE_WAY)
         drawn, axes = plt.subplots(1, len(names), figsize=(11, 3.2), squeeze=False)
         for axis, name in zip(axes[0], names, strict=True):
-            for place, arm in enumerate(arms):
-                colour = canvas.ARM_COLOURS[place % len(canvas.ARM_COLOURS)]
+            for arm, (colour, dashes) in zip(arms, canvas.looks(), strict=False):
                 curves = [run.curve(name, split="val") for run in arm.runs]
                 for curve in curves:
                     axis.plot(curve.steps, curve.values, color=colour, alpha=0.3, linewidth=0.7)
                 if all(np.array_equal(curve.steps, curves[0].steps) for curve in curves):
                     mean = np.mean([curve.values for curve in curves], axis=0)
-                    axis.plot(curves[0].steps, mean, color=colour, label=arm.condition)
+                    axis.plot(curves[0].steps, mean, color=colour, ls=dashes, label=arm.condition)
             stage = (arms[0].config.get("module") or {}).get("stage_a") or {}
             if stage.get("steps"):
                 axis.axvline(stage["steps"], color=canvas.GREY, linestyle=":")
