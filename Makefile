@@ -4,6 +4,7 @@ TORCH  ?= 2.13.0
 BIN    := .venv/bin
 RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
+TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile  # two files at a time
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all calibrate test-cluster check format bench report index study \
@@ -106,10 +107,10 @@ index: .venv/installed ## write the lab record's index, experiments/README.md
 	cd experiments && PATH="$(CURDIR)/$(BIN):$$PATH" python index.py
 
 test: .venv/smollm2 ## the tests that take seconds
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not hub" $(ARGS)
+	$(TESTS) -m "not slow and not hub" $(ARGS)
 
 test-all: .venv/smollm2 .venv/gpt2 .venv/browser ## all tests that need no hub
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not hub" $(ARGS)
+	$(TESTS) -m "not hub" $(ARGS)
 
 calibrate: .venv/installed ## error rates and coverage of every decision rule, 4,000 simulated data sets each
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -rP -k "not smoke" tests/analysis/test_calibration.py --sets 4000 $(ARGS) | grep -E "^calibration|passed|failed"

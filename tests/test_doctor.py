@@ -26,6 +26,7 @@ def nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(packages, "files", lambda _: None)
 
 
+@pytest.mark.slow
 def test_the_doctor_tells_every_model_and_ends_well() -> None:
     command = [sys.executable, "-m", "allostasis.doctor"]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout

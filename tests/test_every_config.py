@@ -58,6 +58,7 @@ def test_an_experiment_has_a_front_page_of_one_screen(name: str) -> None:
     assert len(lines) <= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_each_command_of_a_header_is_one_that_would_start(compose: Compose, name: str) -> None:
     for words in COMMAND.findall(EXPERIMENTS[name].header):
@@ -71,6 +72,7 @@ def test_each_command_of_the_help_is_one_that_would_start(compose: Compose) -> N
         would_start(compose, words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_no_two_conditions_are_the_same_run(compose: Compose, name: str) -> None:
     hashes = {
@@ -80,6 +82,7 @@ def test_no_two_conditions_are_the_same_run(compose: Compose, name: str) -> None
     assert len(hashes) == len(EXPERIMENTS[name].conditions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_default_design_has_every_condition(compose: Compose, name: str) -> None:
     cfg = compose(f"exp={name}", "hydra.mode=MULTIRUN", mode=RunMode.MULTIRUN)

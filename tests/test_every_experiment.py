@@ -236,6 +236,7 @@ def test_no_record_holds_a_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert path.is_dir() or secret.encode() not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_both_engines_train_to_the_same_losses(tmp_path: Path) -> None:
     from allostasis.run import run
 

@@ -25,12 +25,13 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     return {run["device"]: run for run in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
         pytest.param([], id="one after the other"),
-        pytest.param(JOBLIB, id="joblib", marks=pytest.mark.slow),
-        pytest.param(["hydra/launcher=submitit_local"], id="submitit", marks=pytest.mark.slow),
+        pytest.param(JOBLIB, id="joblib"),
+        pytest.param(["hydra/launcher=submitit_local"], id="submitit"),
     ],
 )
 def test_a_job_that_fails_is_told_and_the_other_is_done(

@@ -162,6 +162,7 @@ def test_flags_that_do_not_go_together_are_explained(
     assert refused(tmp_path, "+exp=grokking", *flags) == [said]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", [[], ["-m"]])
 def test_what_the_code_forbids_is_told_at_once_and_leaves_nothing(
     tmp_path: Path, sweep: list[str]

@@ -349,6 +349,7 @@ def test_claims_are_looked_up_in_the_commit_that_the_runs_name(
 # ---------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_reporting_never_imports_torch(study: Path, tmp_path: Path) -> None:
     shutil.copytree(study / "grokking/high_wd/seed=0", tmp_path / "outputs/seed=0")
     code = (

@@ -231,6 +231,7 @@ def test_a_refutation_by_any_of_several_depths_is_corrected_and_support_is_not()
     assert together.p_refute == pytest.approx(min(1.0, 3 * alone.p_refute))
 
 
+@pytest.mark.slow
 def test_under_a_null_at_every_depth_neither_verdict_comes_more_often_than_its_level() -> None:
     rng, at = np.random.default_rng(7), {"support": 0, "refute": 0}
     for _ in range(250):

@@ -76,7 +76,13 @@ def test_hashing_leaves_the_config_as_it_was(make: Make) -> None:
     assert OmegaConf.to_yaml(cfg) == before
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text()
+    | st.floats(allow_nan=False, allow_subnormal=False)
+)
 SETTINGS = st.dictionaries(st.text("abc_", min_size=1), SCALARS, max_size=5)
 
 

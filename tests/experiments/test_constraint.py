@@ -252,6 +252,7 @@ def test_every_norm_trains_and_records_amplitude_where_it_can_move(root: Path, n
     assert (amplitude["value"] > 0).all()
 
 
+@pytest.mark.slow
 def test_the_second_task_runs_every_kind_of_arm(root: Path) -> None:
     words = ["task=modular_sequences", "task.p=7", "task.vocab_size=8", "task.probe_size=8",
              "task.train_frac=0.8", "module.max_steps=20"]  # fmt: skip

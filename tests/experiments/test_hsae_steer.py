@@ -155,6 +155,7 @@ def test_alignment_of_a_random_direction_is_its_null(model: Any, saved: Any, pro
 # ---- steering
 
 
+@pytest.mark.slow
 def test_teacher_data_are_disjoint_from_what_trains(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

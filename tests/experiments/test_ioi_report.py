@@ -382,12 +382,14 @@ def test_two_models_are_two_parts_that_share_no_arm_and_no_file(
         assert (tmp_path / "report" / address).is_file()
 
 
+@pytest.mark.slow
 def test_a_report_made_again_is_the_same_to_the_byte(written: Path) -> None:
     before = {path: path.read_bytes() for path in written.rglob("*") if path.is_file()}
     assert command.main([str(written.parent)]) == 0
     assert {path: path.read_bytes() for path in written.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_reporting_an_audit_never_imports_torch(audit: Path, tmp_path: Path) -> None:
     shutil.copytree(audit / "ioi/baseline", tmp_path / "outputs/baseline")
     code = (

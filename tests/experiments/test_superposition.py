@@ -87,6 +87,7 @@ def test_a_real_suppressor_is_found_among_many_heads() -> None:
 # ---- measuring
 
 
+@pytest.mark.slow
 def test_ratio_interval_coverage() -> None:
     coverage = suppressors.relabelled_coverage(np.random.default_rng(0), n_sets=N_SETS)
     assert 0.93 - two_se(0.95, N_SETS) <= coverage <= 0.97 + two_se(0.95, N_SETS)
@@ -170,6 +171,7 @@ def test_planted_ratio_is_recovered(run_arm) -> None:  # noqa: ANN001
     assert plants["ratio_3"]["above_2"] == 1.0
 
 
+@pytest.mark.slow
 def test_no_suppressor_gives_a_reason_and_no_ratio(run_arm) -> None:  # noqa: ANN001
     import pandas as pd
 

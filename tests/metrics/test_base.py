@@ -127,6 +127,7 @@ def test_a_file_without_exactly_one_metric_is_named(
         discover(package.name)
 
 
+@pytest.mark.slow
 def test_metrics_are_imported_only_when_they_are_looked_for() -> None:
     code = """
 import sys

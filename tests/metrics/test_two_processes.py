@@ -48,6 +48,7 @@ def _process(rank: int, store: str) -> None:
         json.dump(found, sys.stdout)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     store = f"file://{tmp_path / 'store'}"
     processes = [

@@ -82,6 +82,7 @@ def test_an_architecture_and_a_name_are_refused_together() -> None:
         lens.pretrained(arch="gpt2", name="someone/something")
 
 
+@pytest.mark.slow
 def test_a_language_model_is_loaded_without_transformer_lens() -> None:
     code = (
         "import sys; from allostasis.models.lens import pretrained; pretrained(arch='gpt2');"

@@ -50,6 +50,7 @@ def test_the_planted_hierarchy_is_one(is_hierarchical: bool) -> None:
     assert_close(features[on].std(), torch.tensor(0.1), atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_exported_form_gives_the_same_codes_in_a_fresh_process(tmp_path: Path) -> None:
     from allostasis.models.sae import export
 

@@ -115,6 +115,7 @@ def test_one_changed_byte_of_converted_weights_is_refused(tiny_gguf: Path, own_c
     assert f"Delete {folder}; the next run converts the model anew." in message
 
 
+@pytest.mark.slow
 def test_two_converters_at_once(tiny_gguf: Path, own_cache: Path, tmp_path: Path) -> None:
     code = """
 import sys, logging

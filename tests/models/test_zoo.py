@@ -40,6 +40,7 @@ def test_logits_equal_huggingface(checkpoint: Checkpoint, arch: str, attention: 
     assert_close(logits(ours.hf, ids), logits(theirs, ids), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_logits_of_smollm2_equal_huggingface(smollm2: Any, smollm2_gguf: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, attn_implementation="sdpa"

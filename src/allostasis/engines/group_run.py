@@ -93,6 +93,7 @@ class GroupRun:
         settings: What is read.
         parts: Where finished layers are kept.
         number: The group's number there.
+        checks_sham: Whether a unit that changes nothing is run in each layer.
     """
 
     def __init__(
@@ -103,17 +104,19 @@ class GroupRun:
         profile: Profile,
         settings: Settings,
         parts: Parts | None = None,
-        number: int = 0,
+        number: int | str = 0,
+        *,
+        checks_sham: bool = True,
     ) -> None:
         self.decoder, self.group, self.settings = decoder, group, settings
         self.budget, self.profile = budget, profile
-        self.parts, self.number = parts, number
+        self.parts, self.number, self.checks_sham = parts, number, checks_sham
         self._sources: dict[str, Capture] = {}
 
     @cached_property
     def clean(self) -> Capture:
         """The untouched model's pass."""
-        return self._captured(self.group.ids, self.group.mask)
+        return self._captured(self.group.ids, self.group.mask, self.group.positions)
 
     @cached_property
     def keys(self) -> CleanKeys:
@@ -134,7 +137,8 @@ class GroupRun:
 
     def _at_last(self, found: Capture) -> Float[Tensor, "kind d_model"]:
         end = found.resid_pre[-1]
-        return end[torch.arange(len(end), device=end.device), self.group.last]
+        row = torch.arange(len(end), device=end.device)
+        return end[row[:, None], self.group.last].flatten(0, 1)
 
     @property
     def _output_names(self) -> tuple[str, ...]:
@@ -185,15 +189,16 @@ class GroupRun:
 
     def layer(self, layer: int, units: Sequence[Unit]) -> dict[str, np.ndarray]:
         """Readouts of units that first act in a layer: [unit, row of the group]."""
-        sham = Unit(members=((layer, 0),), scale=1.0)
-        pair = torch.zeros(1, 2, dtype=torch.long, device=self.decoder.device)
-        self._check_sham(layer, self._end(layer, [sham], pair)[0])
-        n_kinds, width = self.reader.clean_end.shape
+        if self.checks_sham:
+            sham = Unit(members=((layer, 0),), scale=1.0)
+            pair = torch.zeros(1, 2, dtype=torch.long, device=self.decoder.device)
+            self._check_sham(layer, self._end(layer, [sham], pair)[0])
+        n_rows, n_ends = self.group.last.shape
         like = {"dtype": self.decoder.dtype, "device": self.decoder.device}
-        ends = torch.empty(len(units), n_kinds, width, **like)
-        paths = torch.empty(len(units), n_kinds, len(TRAJECTORY), device=self.decoder.device)
+        ends = torch.empty(len(units), n_rows, n_ends, self.decoder.d_model, **like)
+        paths = torch.empty(len(units), n_rows, len(TRAJECTORY), device=self.decoder.device)
         for chosen in self._together(units):
-            every = torch.cartesian_prod(torch.arange(len(chosen)), torch.arange(n_kinds))
+            every = torch.cartesian_prod(torch.arange(len(chosen)), torch.arange(n_rows))
             pairs, place = every.to(ends.device), torch.tensor(chosen, device=ends.device)
             subset = [units[index] for index in chosen]
 
@@ -206,7 +211,7 @@ class GroupRun:
 
             width = 1 if self._is_tail(subset[0]) else self.group.ids.shape[1]
             self.budget.run(len(pairs), width, partial(do, pairs=pairs, place=place, subset=subset))
-        found = self.reader.read(ends)
+        found = self.reader.read(ends.flatten(1, 2))
         if self.settings.names[-1] in TRAJECTORY:
             found |= self._of_kinds(paths)
         return {name: numpy(column) for name, column in found.items()}
@@ -225,8 +230,8 @@ class GroupRun:
 
     def _end(
         self, layer: int, units: Sequence[Unit], pairs: Int[Tensor, "pair 2"]
-    ) -> tuple[Float[Tensor, "pair d_model"], Float[Tensor, "pair number"] | None]:
-        """The stream at the last real token behind the last block, of (unit, kind) pairs.
+    ) -> tuple[Float[Tensor, "pair end d_model"], Float[Tensor, "pair number"] | None]:
+        """The stream at the last real tokens behind the last block, of (unit, row of ids) pairs.
 
         And what is read of all positions before the last block, where that is wanted.
         """
@@ -247,10 +252,11 @@ class GroupRun:
                     resid, attn_out = start.at_last(resid), start.at_last(attn_out)
                 resid = start.after_later_block(later, resid, attn_out)
         self.profile.n_passes += 1
-        layers = decoder.n_layers - layer - 1  # the last one, and this one if last, at one token
-        tokens = layers + 1 if keys is not None else self.group.ids.shape[1] * layers + 1
+        n_ends = self.group.last.shape[1]
+        layers = decoder.n_layers - layer - 1  # the last one, and this one if last, at ends alone
+        tokens = layers + 1 if keys is not None else self.group.ids.shape[1] * layers + n_ends
         self.profile.forward_tokens += len(pairs) * tokens / decoder.n_layers
-        return resid[:, 0], path
+        return resid, path
 
     def _path(
         self, resid: Float[Tensor, "pair position d_model"] | None, kind: Int[Tensor, " pair"]
@@ -265,10 +271,11 @@ class GroupRun:
             whole = torch.cat([whole[:, :-1], resid], dim=1)
         return trajectory_of(whole)
 
-    def _check_sham(self, layer: int, end: Float[Tensor, "1 d_model"]) -> None:
-        rows = np.flatnonzero(self.group.kind.numpy() == 0)
+    def _check_sham(self, layer: int, end: Float[Tensor, "1 end d_model"]) -> None:
+        n_rows, n_ends = self.group.last.shape
+        rows = np.flatnonzero(self.group.kind.numpy() < n_ends)  # those of the first row of ids
         clean = self.clean_columns["ld"]
-        ends = end.expand(1, len(self.reader.clean_end), -1)
+        ends = end.repeat(1, n_rows, 1)
         found = numpy(self.reader.read(ends, only=("ld",))["ld"])[0]
         moved = float(np.abs(found - clean)[rows].max())
         self.profile.sham = max(self.profile.sham, moved)
@@ -296,13 +303,12 @@ class GroupRun:
                 for prompt in some:
                     weights[kind, at[prompt]] += 1 / len(some)
             ids = torch.tensor(prompts, device=self.decoder.device)
-            self._sources[name] = self._captured(ids, None).mixed(weights)
+            self._sources[name] = self._captured(ids, None, None).mixed(weights)
         return self._sources[name]
 
     def _captured(
-        self, ids: Int[Tensor, "kind position"], mask: Int[Tensor, "kind position"] | None
+        self, ids: Int[Tensor, "kind position"], mask: Tensor | None, positions: Tensor | None
     ) -> Capture:
-        positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
         found = []
         for piece in self.budget.pieces(len(ids), ids.shape[1]):
             at = {"attention_mask": mask, "position_ids": positions}

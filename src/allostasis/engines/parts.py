@@ -35,7 +35,7 @@ class Parts:
     identity: str
 
     def read(
-        self, group: int, layer: str, units: Sequence[Unit], names: Sequence[str]
+        self, group: int | str, layer: str, units: Sequence[Unit], names: Sequence[str]
     ) -> dict[str, np.ndarray] | None:
         """Readouts of a finished piece; None where there is none of this identity.
 
@@ -56,7 +56,7 @@ class Parts:
             return {name: file.get_tensor(name) for name in names}
 
     def write(
-        self, group: int, layer: str, units: Sequence[Unit], found: dict[str, np.ndarray]
+        self, group: int | str, layer: str, units: Sequence[Unit], found: dict[str, np.ndarray]
     ) -> None:
         """Keep a finished piece."""
         tensors = {name: torch.from_numpy(column).contiguous() for name, column in found.items()}
@@ -82,7 +82,7 @@ class Parts:
         """Note the budget that the next piece is to be run with."""
         write_json(self.folder / BUDGET, {"max_tokens": budget.max_tokens})
 
-    def _path(self, group: int, layer: str) -> Path:
+    def _path(self, group: int | str, layer: str) -> Path:
         return self.folder / f"sweep-{group}-{layer}.safetensors"
 
     def _key(self, units: Sequence[Unit]) -> str:

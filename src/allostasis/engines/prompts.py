@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from allostasis.models.blocks import Decoder
@@ -57,10 +57,13 @@ class Group:
 
     Attributes:
         ids: Token ids, one row a kind: prompts that are equal and get equal values put in are one.
-        mask: 1 at real tokens; None where no row is padded.
-        last: Index of each kind's last real token.
+            In a pack (`engines.packs`) one row holds several kinds.
+        mask: 1 at real tokens; in a pack, what is added to attention scores; None where no row is
+            padded.
+        positions: Each token's place in its prompt; None where it follows from the mask.
+        last: Index of each kind's last real token, by row.
         rows: Which of the sweep's rows are here.
-        kind: For each of them, its row in `ids`.
+        kind: For each of them, which entry of `last` is its own, counted row by row.
         target: For each of them, the right answer.
         foil: For each of them, the wrong answer.
         sources: By name, the prompts of each kind whose mean activations are put in.
@@ -69,12 +72,13 @@ class Group:
     """
 
     ids: Int[Tensor, "kind position"]
-    mask: Int[Tensor, "kind position"] | None
-    last: Int[Tensor, " kind"]
+    mask: Int[Tensor, "kind position"] | Float[Tensor, "1 1 position position"] | None
+    last: Int[Tensor, "kind end"]
     rows: np.ndarray
     kind: Int[Tensor, " row"]
     target: Int[Tensor, " row"]
     foil: Int[Tensor, " row"]
+    positions: Int[Tensor, "kind position"] | None = None
     sources: dict[str, list[Sequence[Prompt]]] = field(default_factory=dict)
     aligned: dict[str, Int[Tensor, "kind position"]] = field(default_factory=dict)
 
@@ -164,11 +168,12 @@ def _group(
                 place[kind_row, here] = there
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     last = torch.full_like(lengths, width - 1) if pad == "left" else lengths - 1
-    device = decoder.device
+    device, is_padded = decoder.device, not bool(mask.all())
     return Group(
         ids=ids.to(device),
-        mask=None if bool(mask.all()) else mask.to(device),
-        last=last.to(device),
+        mask=mask.to(device) if is_padded else None,
+        positions=(mask.cumsum(1) - 1).clamp(min=0).to(device) if is_padded else None,
+        last=last[:, None].to(device),
         rows=np.array(chosen),
         kind=torch.tensor(kind),
         target=torch.tensor([rows.target[row] for row in chosen], device=device),

@@ -116,11 +116,11 @@ class Start:
 
     def at_last(
         self, stream: Float[Tensor, "pair position d_model"]
-    ) -> Float[Tensor, "pair 1 d_model"]:
-        """The last real token alone."""
-        if stream.shape[1] == 1:
+    ) -> Float[Tensor, "pair end d_model"]:
+        """The last real tokens alone."""
+        if stream.shape[1] < self.n_positions:
             return stream
-        return stream[torch.arange(len(stream), device=stream.device), self.last][:, None]
+        return stream[torch.arange(len(stream), device=stream.device)[:, None], self.last]
 
     @contextmanager
     def later_members(self) -> Iterator[None]:
@@ -151,7 +151,7 @@ class Start:
     def _rows(self, stream: Float[Tensor, "kind position *rest"]) -> Tensor:
         """A clean stream's rows for the pairs; the last real token of each where that is enough."""
         if self.only_last:
-            return stream[self.kind, self.last][:, None]
+            return stream[self.kind[:, None], self.last]
         return stream[self.kind]
 
     def _with_heads(
@@ -234,10 +234,10 @@ class Start:
         stream = self._stream(unit.source, unit.site, layer)
         kind, last = self.kind[chosen], self.last[chosen]
         if unit.role is None:
-            return stream[kind, last][:, None] if only_last else stream[kind]
+            return stream[kind[:, None], last] if only_last else stream[kind]
         place = self.group.aligned[unit.role][kind].clamp(min=0)
         if only_last:
-            place = place[torch.arange(len(place), device=place.device), last][:, None]
+            place = place.gather(1, last)
         return stream[kind[:, None], place]
 
     def _stream(self, name: str, site: str, layer: int) -> Tensor:
@@ -262,11 +262,11 @@ class Start:
             value = unit.value(now, source)
         last = self.last[chosen]
         if unit.role is None:
-            mask = unit.mask(last, self.n_positions)
+            mask = unit.mask(last[:, 0], self.n_positions)
         else:
             mask = self.group.aligned[unit.role][self.kind[chosen]] >= 0
         if mask is None:
             return value
         if now.shape[1] < self.n_positions:  # only the last real token is here
-            mask = mask[torch.arange(len(last), device=last.device), last][:, None]
+            mask = mask.gather(1, last)
         return torch.where(mask.view(*mask.shape, *[1] * (now.ndim - 2)), value, now)

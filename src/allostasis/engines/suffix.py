@@ -5,8 +5,9 @@ and a unit starts from it: a changed head adds (z' - z) W_O to the clean output 
 after which the rest of block l and the blocks behind it are run, units and prompts side by side on
 the batch axis. Only the last real token is ever read, so in the last block only that token's MLP is
 computed, and of a unit that acts on that token alone no other token is run in any block: it attends
-to the clean keys and values of the others. Nothing is approximated; the oracle is TransformerLens,
-one unit and one prompt at a time.
+to the clean keys and values of the others. Where units do the same to every prompt at all
+positions, what prompts begin with in common is run once (`engines.packs`). Nothing is approximated;
+the oracle is TransformerLens, one unit and one prompt at a time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from allostasis.engines.budget import Budget
 from allostasis.engines.group_run import GroupRun, Profile, Settings, ShamError, peak_memory
+from allostasis.engines.packs import can_share, pack_rows
 from allostasis.engines.parts import Parts
 from allostasis.engines.prompts import Pad, Places, Prompt, Rows, group_rows
 from allostasis.engines.readouts import CLOSENESS, READOUTS, TRAJECTORY
@@ -82,6 +84,7 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     reuse_kv: bool = True,
     trajectory: bool = False,
+    shares_prefixes: bool | None = None,
 ) -> Swept:
     """Run every unit on every row, layer by layer: what is finished is finished for all rows.
 
@@ -107,12 +110,15 @@ def sweep(
         progress: Called with (done, planned) units after each layer.
         reuse_kv: Whether units that act on the last token alone run that token alone.
         trajectory: Whether to read `TRAJECTORY` too, of all positions before the last block.
+        shares_prefixes: Whether to run common beginnings of prompts once; None does so where these
+            units allow it. Parts of a sweep that is to go on with other units need the same choice.
 
     Returns:
         The readouts, in float64.
 
     Raises:
-        ValueError: A unit does not fit the model, or a source is missing or of another length.
+        ValueError: A unit does not fit the model, a source is missing or of another length, or
+            prefixes are to be shared by units that do not do the same everywhere.
         ShamError: A unit that changes nothing moved a logit difference.
     """
     begun = time.perf_counter()
@@ -127,7 +133,14 @@ def sweep(
     check_units(decoder, units, sources, roles or {}, by_layer)
     if budget is None:
         budget = parts.budget(decoder) if parts is not None else Budget.measured(decoder)
-    groups = group_rows(rows, sources, pad, decoder, roles)
+    may_share = can_share(units) and pad == "none" and closeness is None and not trajectory
+    if shares_prefixes and not may_share:
+        raise ValueError(
+            "prefixes can be shared only by units that scale, or set latents, at all positions, "
+            "without padding, trajectory or closeness"
+        )
+    packs = None if shares_prefixes is False or not may_share else pack_rows(rows, decoder)
+    groups = packs or group_rows(rows, sources, pad, decoder, roles)
     profile = Profile()
     settings = Settings(
         names,
@@ -137,9 +150,12 @@ def sweep(
         closeness=closeness,
     )
     runs = [
-        GroupRun(decoder, group, budget, profile, settings, parts, number)
+        GroupRun(
+            decoder, group, budget, profile, settings, parts,
+            f"pack{number}" if packs else number, checks_sham=not packs or number == 0,
+        )
         for number, group in enumerate(groups)
-    ]
+    ]  # fmt: skip
     values = {name: np.zeros((len(units), len(rows))) for name in names}
     clean, source = ({name: np.zeros(len(rows)) for name in names} for _ in range(2))
     done = 0
@@ -158,7 +174,7 @@ def sweep(
             clean[name][run.group.rows] = column
         for name, column in run.source_columns.items():
             source[name][run.group.rows] = column
-    profile.n_unique = sum(len(group.ids) for group in groups)
+    profile.n_unique = sum(group.last.numel() for group in groups)
     profile.max_tokens = budget.max_tokens
     profile.naive_forward_tokens = float(sum(map(len, rows.prompts)) * (len(units) + 1))
     profile.peak_memory_bytes = peak_memory(decoder.device)

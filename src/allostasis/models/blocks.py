@@ -496,14 +496,17 @@ class Decoder:
         self,
         ids: Int[Tensor, "row position"],
         *,
-        attention_mask: Int[Tensor, "row position"] | None = None,
+        attention_mask: Int[Tensor, "row position"]
+        | Float[Tensor, "1 1 position position"]
+        | None = None,
         position_ids: Int[Tensor, "row position"] | None = None,
     ) -> Capture:
         """Run the model once, as it stands, and keep what a suffix can start from.
 
         Args:
             ids: Token ids.
-            attention_mask: 0 at padding; None where no row is padded.
+            attention_mask: 0 at padding; or, by query and key, what is added to every row's scores;
+                None where no row is padded.
             position_ids: None counts from 0 in every row.
         """
         found = Capture()

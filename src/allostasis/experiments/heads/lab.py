@@ -19,6 +19,7 @@ from allostasis.callbacks.progress import Ticker
 from allostasis.callbacks.recorder import describe
 from allostasis.core.seeding import derive
 from allostasis.engines.budget import Budget
+from allostasis.engines.packs import can_share
 from allostasis.engines.parts import Parts
 from allostasis.engines.suffix import Precision, Swept, sweep
 from allostasis.engines.verify import kl_of_a_zeroed_layer, verify_slice
@@ -244,6 +245,7 @@ class HeadLab(L.LightningModule):
             progress=progress,
             reuse_kv=self.engine.reuse_kv,
             trajectory=self.trajectory,
+            shares_prefixes=None if can_share([each.unit for each in self.planned]) else False,
         )
 
     @property
