@@ -51,7 +51,8 @@ class HsaeTrain(L.LightningModule):
         task: Its activations, or planted ones.
         kind: `hsae`, or a flat autoencoder of SAELens.
         start: Where the first atoms begin: `random`; `teacher`; `rotated`, the teacher under a
-            random rotation of the whitened coordinates; `pca`; `kmeans`.
+            random rotation of the whitened coordinates; `random_projectors`, the teacher with
+            subspaces that know nothing of its children; `pca`; `kmeans`.
         teacher: Which arm of `hsae_teacher` concepts come from; its labels are all arms' alike.
         reads: Arms of the same seed that are read: a flat autoencoder takes its L0 from one.
         reads_of: Runs of other experiments that are read: `hsae_teacher`, for a language model.
@@ -143,7 +144,7 @@ class HsaeTrain(L.LightningModule):
         self.l1_warmup_steps, self.decoder_lr_mult = l1_warmup_steps, decoder_lr_mult
         self.dead_after_tokens, self.log_grad_every = dead_after_tokens, log_grad_every
         self.noise_deg, self.evaluate_at = noise_deg, tuple(evaluate_at)
-        self.shape = {"m": m, "c": c, "s": s, "k": k}
+        self.shape = {"m": m, "c": c, "s": s, "k": k, "k_child": k_child}
         staged = stage_a if kind == "hsae" and start != "random" else None
         self.stages = stages(losses or Losses(), staged, max_steps=max_steps)
         self._check(reads, reads_of)
@@ -154,7 +155,7 @@ class HsaeTrain(L.LightningModule):
         self.scoring = Scoring(
             task, language_model, n_watch=n_watch, n_match=n_match, n_test=n_test, n_loss=n_loss
         )
-        self.model = self._made(k_child, kernel)
+        self.model = self._made(kernel)
         self.register_buffer("quiet", torch.zeros(self.model.d_sae, dtype=torch.int64))
         self.sigma: Tensor | None = None
         self.beginning: arms.Directions | None = None
@@ -168,7 +169,7 @@ class HsaeTrain(L.LightningModule):
         self.offers |= {"truth"} if self.is_planted else set()
         self.offers |= {"token_losses"} if self.hook == "unembed_input" else set()
         self.model.start_at(task.mean(), task.scale)
-        if self.is_planted or start not in ("teacher", "rotated"):
+        if self.is_planted or start not in arms.TAUGHT:
             self._begin()
 
     def _check(self, reads: Sequence[str], reads_of: Mapping[str, str] | None) -> None:
@@ -194,7 +195,7 @@ class HsaeTrain(L.LightningModule):
                 "concepts are read from a run of hsae_teacher; set module.reads_of={hsae_teacher: "
                 "causal}"
             )
-        if not self.is_planted and self.start in ("teacher", "rotated"):
+        if not self.is_planted and self.start in arms.TAUGHT:
             hook = self.task.hook
             if hook != "unembed_input":
                 raise ValueError(
@@ -202,13 +203,12 @@ class HsaeTrain(L.LightningModule):
                     f"{hook}; set task.hook=unembed_input"
                 )
 
-    def _made(self, k_child: int, kernel: KernelChoice) -> HierarchicalSAE | FlatSAE:
+    def _made(self, kernel: KernelChoice) -> HierarchicalSAE | FlatSAE:
         if self.kind == "hsae":
             return HierarchicalSAE(
-                seed=self.task.seed, d_model=self.task.d_model, k_child=k_child, kernel=kernel,
-                **self.shape,
-            )  # fmt: skip
-        return self._flat(float(2 * self.shape["k"]))
+                seed=self.task.seed, d_model=self.task.d_model, kernel=kernel, **self.shape
+            )
+        return self._flat(float(self.shape["k"] * (1 + self.shape["k_child"])))
 
     def _flat(self, l0: float) -> FlatSAE:
         width = arms.flat_width(self.match, d=self.task.d_model, l0=l0, **self.shape)
@@ -272,8 +272,10 @@ class HsaeTrain(L.LightningModule):
             self.beginning = arms.of_teacher(self.teacher, m=m, c=c, seed=seed)
         start = self.beginning
         device = self.model.D.device
-        self.n_random = self.model.plant(start.parents.to(device), start.children.to(device),
-                                         start.mask.to(device))  # fmt: skip
+        self.n_random = self.model.plant(
+            start.parents.to(device), start.children.to(device), start.mask.to(device),
+            is_turned=self.start != "random_projectors",
+        )  # fmt: skip
 
     def prove_effect(self) -> dict[str, float]:
         """Show before training that every enabled loss moves something, in every stage.
@@ -510,11 +512,10 @@ class HsaeTrain(L.LightningModule):
         for name, frame in tables.items():
             table = pa.Table.from_pandas(frame.assign(run_id=run_id), preserve_index=False)
             write_table(folder / f"{name}.parquet", table, table.schema, nullable=True)
-        if isinstance(self.model, FlatSAE) or self.model.k_child == 1:
-            export(
-                self.model, folder / "sae", hook_name=self.hook, model_name=self.model_name,
-                run_id=run_id,
-            )  # fmt: skip
+        export(
+            self.model, folder / "sae", hook_name=self.hook, model_name=self.model_name,
+            run_id=run_id,
+        )  # fmt: skip
 
     def _match_table(self) -> pd.DataFrame:
         matches = self.scoring.matches
