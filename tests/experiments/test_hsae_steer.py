@@ -377,7 +377,7 @@ def test_a_run_finds_what_the_phases_before_have_made_and_reports(
     assert "H.steer.leakage" in text
 
 
-@pytest.mark.parametrize("preset", ["quick", "full"])
+@pytest.mark.parametrize("preset", ["quick", "full", "h100", "v2_text"])
 def test_steering_reads_the_activations_that_were_trained_on(preset: str) -> None:
     from hydra import compose, initialize_config_dir
 
