@@ -74,9 +74,7 @@ def test_every_kernel_computes_the_same_values_and_gradients(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("k_child", [1, 2])
-def test_the_flat_form_is_the_same_function(
-    shape: tuple[int, int, int, int], k_child: int
-) -> None:
+def test_the_flat_form_is_the_same_function(shape: tuple[int, int, int, int], k_child: int) -> None:
     m, c, _, k = shape
     if k_child > c:
         pytest.skip("fewer children than that")
