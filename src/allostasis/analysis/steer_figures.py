@@ -101,6 +101,7 @@ def leakage(arms: Sequence[Arm]) -> Canvas:
     there = there[there["asked"] == asked]
     names = list(dict.fromkeys(there["arm"]))
     levels = [level for level in ("parent", "child") if (there["level"] == level).any()]
+    half = min(0.08, 0.3 / len(names))  # of a median's bar
     with style() as plt:
         figure, axes = plt.subplots(
             1, len(levels), figsize=(4.2 * len(levels) + 1, 3.6), squeeze=False, sharey=True
@@ -119,7 +120,7 @@ def leakage(arms: Sequence[Arm]) -> Canvas:
                     axis.plot(
                         np.full(len(values), x), values, marker, ms=3, alpha=0.5, color=colour
                     )
-                    axis.hlines(np.median(values), x - 0.08, x + 0.08, color=INK, lw=2)
+                    axis.hlines(np.median(values), x - half, x + half, color=INK, lw=2)
             axis.set_xticks(range(len(SOURCES)), [*SOURCES.values()], rotation=20, ha="right")
             axis.set(yscale="log", title=f"{level} concepts, gain {asked:g} nat")
         axes[0, 0].set_ylabel("leakage, nat")
