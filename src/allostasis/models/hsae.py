@@ -20,7 +20,7 @@ MAX_FLAT = 2**30
 
 
 class UnsupportedExport(ValueError):
-    """A hierarchical SAE that no flat SAE equals."""
+    """A hierarchical SAE whose flat form would be too large."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -211,7 +211,7 @@ def export(sae: HierarchicalSAE, **metadata: Any) -> HSAE:
             whose hook it does not find without a word.
 
     Raises:
-        UnsupportedExport: No flat form equals it.
+        UnsupportedExport: Its decoder would have more than 2^30 entries.
         ValueError: No hook is named.
     """
     if not metadata.get("hook_name"):

@@ -178,7 +178,7 @@ def export(sae: HierarchicalSAE | FlatSAE, folder: Path, **metadata: Any) -> Non
         metadata: `hook_name`, `model_name` and whatever else a reader wants to know.
 
     Raises:
-        UnsupportedExport: No flat form equals it.
+        UnsupportedExport: Its decoder would have more than 2^30 entries.
     """
     if isinstance(sae, FlatSAE):
         sae.export(folder, **metadata)
