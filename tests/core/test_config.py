@@ -39,6 +39,7 @@ def make() -> Make:
         ["trainer.enable_progress_bar=true"],
         ["+conditions.third={weight_decay: 3.0}"],
         ["module.weight_decay=1"],
+        ["+module.k_child=1"],  # which runs that were recorded before the setting do not state
     ],
 )
 def test_what_has_no_say_in_the_result_keeps_the_hash(make: Make, words: list[str]) -> None:
@@ -51,6 +52,7 @@ def test_what_has_no_say_in_the_result_keeps_the_hash(make: Make, words: list[st
         ["condition=no_wd"],
         ["module.lr=2e-3"],
         ["module.weight_decay=1.5"],
+        ["+module.k_child=2"],
         ["task.p=97"],
         ["task.seed=3"],
         ["trainer.max_steps=5"],

@@ -378,7 +378,36 @@ def test_a_run_finds_what_the_phases_before_have_made_and_reports(
     assert "H.steer.leakage" in text
 
 
-@pytest.mark.parametrize("preset", ["quick", "full"])
+@pytest.mark.parametrize(
+    ("condition", "own"),
+    [
+        ("no_teacher", {"start"}),
+        ("euclidean", {"teacher", "reads_of"}),
+        ("k_parent_x2", {"k"}),
+        ("k_child_x2", {"k_child"}),
+        ("random_projectors", {"start"}),
+    ],
+)
+def test_an_ablation_reads_an_arm_that_differs_in_one_thing(condition: str, own: set[str]) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from allostasis.core.config import conf_dir, register
+    from allostasis.core.locate import of_experiment
+
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        cfgs = [compose("config", ["exp=hsae_steer", f"condition={c}"])
+                for c in ("teacher_init", condition)]  # fmt: skip
+        taught, ablated = (
+            of_experiment(cfg, "hsae_train", cfg.module.reads_of.hsae_train).module for cfg in cfgs
+        )
+    assert taught.keys() == ablated.keys()
+    assert {name for name in taught if taught[name] != ablated[name]} == own
+    assert (taught.k, taught.k_child) == (1, 1)
+    assert ablated.k * ablated.k_child == 1 + (condition in ("k_parent_x2", "k_child_x2"))
+
+
+@pytest.mark.parametrize("preset", ["quick", "full", "h100", "v2_text"])
 def test_steering_reads_the_activations_that_were_trained_on(preset: str) -> None:
     from hydra import compose, initialize_config_dir
 

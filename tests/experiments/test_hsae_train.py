@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -83,17 +84,17 @@ def test_the_literal_stage_a_runs_without_the_loss_that_it_could_not_follow(tmp_
         assert torch.equal(begin[name], after_a[name]), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cut", [7, 20, 33], ids=["in A", "between A and B", "in B"])
-def test_a_run_that_was_cut_short_ends_as_one_that_was_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
-) -> None:
+def same_after_a_cut(
+    root: Path, patching: pytest.MonkeyPatch, cut: int, condition: str, *words: str
+) -> Path:
+    """See that a run that was cut short ends, bit by bit, as one that was not; its folder."""
     import pyarrow.parquet as pq
 
     from allostasis.experiments.hsae.train import HsaeTrain
 
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(whole, "condition=teacher_init")
+    whole, parts = root / f"{condition}-whole", root / f"{condition}-parts"
+    words = (f"condition={condition}", *words)
+    run(whole, *words)
     update: Callable[..., torch.Tensor] = HsaeTrain._update
 
     def cut_short(module: HsaeTrain, *rest: Any) -> torch.Tensor:
@@ -101,22 +102,75 @@ def test_a_run_that_was_cut_short_ends_as_one_that_was_not(
             raise RuntimeError("cut")
         return update(module, *rest)
 
-    with monkeypatch.context() as patch:
+    with patching.context() as patch:
         patch.setattr(HsaeTrain, "_update", cut_short)
         with pytest.raises(RuntimeError, match="cut"):
-            run(parts, "condition=teacher_init")
-    run(parts, "condition=teacher_init")
+            run(parts, *words)
+    run(parts, *words)
     for name in ("metrics", "training", "examples", "matches"):
         ours, theirs = (pq.read_table(folder / f"{name}.parquet") for folder in (parts, whole))
         assert ours.equals(theirs), name
     for step in (20, 40):
         ours, theirs = weights(parts, step), weights(whole, step)
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    return parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [7, 20, 33], ids=["in A", "between A and B", "in B"])
+def test_a_run_that_was_cut_short_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    same_after_a_cut(tmp_path, monkeypatch, cut, "teacher_init")
+
+
+@pytest.fixture(scope="module")
+def beside_a_baseline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which flat arms share the arm that they read."""
+    return tmp_path_factory.mktemp("flat")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", ["topk", "batchtopk", "matryoshka"])
+def test_a_flat_run_that_was_cut_short_ends_as_one_that_was_not(
+    beside_a_baseline: Path, monkeypatch: pytest.MonkeyPatch, condition: str
+) -> None:
+    # latents are dead after two batches in which they were silent, so that the loss for them is on
+    words = (condition, "task.batch_size=32", "module.dead_after_tokens=40")
+    folder = same_after_a_cut(beside_a_baseline, monkeypatch, 27, *words)
+    curves = pd.read_parquet(folder / "training.parquet")
+    of_dead = curves[curves["name"] == "auxiliary_reconstruction_loss"]
+    assert (of_dead.loc[of_dead["step"] > 20, "value"] > 0).any()
+
+
+@pytest.mark.slow
+def test_ablations_differ_from_the_taught_arm_in_one_thing(tmp_path: Path) -> None:
+    words = ["module.max_steps=10", "module.stage_a.steps=10", "module.evaluate_at=[]"]
+    arms = ("baseline", "teacher_init", "random_projectors", "k_parent_x2", "k_child_x2")
+    for condition in arms:
+        run(tmp_path / condition, f"condition={condition}", *words)
+    begin = {condition: weights(tmp_path / condition, 0) for condition in arms}
+    taught, drawn, mixed = (begin[name] for name in ("teacher_init", "baseline", arms[2]))
+    for name in ("D", "E"):
+        assert torch.equal(mixed[name], taught[name])
+        assert not torch.equal(mixed[name], drawn[name])
+    for name in ("Pi_up", "Pi_down"):
+        assert torch.equal(mixed[name], drawn[name])
+        assert not torch.equal(mixed[name], taught[name])
+    assert not torch.equal(mixed["Dc"], drawn["Dc"])  # children as far as subspaces hold them
+    for name in ("k_parent_x2", "k_child_x2"):
+        assert all(torch.equal(tensor, taught[key]) for key, tensor in begin[name].items())
+    l0 = {name: json.loads((tmp_path / name / "run.json").read_text())["summary"]["l0"]
+          for name in arms}  # fmt: skip
+    assert l0["k_parent_x2"] > 1.5 * l0["teacher_init"]
+    assert 1.1 * l0["teacher_init"] < l0["k_child_x2"] <= 1.5 * l0["teacher_init"]
+    exported = json.loads((tmp_path / "k_child_x2" / "sae" / "cfg.json").read_text())
+    assert (exported["k"], exported["k_child"]) == (2, 2)
 
 
 def test_arms_differ_in_what_sets_them_apart_alone() -> None:
     own = {"condition", "module.kind", "module.start", "module.teacher", "module.reads",
-           "module.reads_of.hsae_teacher"}  # fmt: skip
+           "module.reads_of.hsae_teacher", "module.k", "module.k_child"}  # fmt: skip
 
     def flat(node: Any, name: str = "") -> dict[str, Any]:
         if not isinstance(node, dict):

@@ -73,9 +73,12 @@ def test_every_kernel_computes_the_same_values_and_gradients(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_flat_form_is_the_same_function(shape: tuple[int, int, int, int]) -> None:
-    sae, x = drawn(shape), tokens()
+@pytest.mark.parametrize("k_child", [1, 2])
+def test_the_flat_form_is_the_same_function(shape: tuple[int, int, int, int], k_child: int) -> None:
     m, c, _, k = shape
+    if k_child > c:
+        pytest.skip("fewer children than that")
+    sae, x = drawn(shape, k_child=k_child), tokens()
     flat = sae.flat_weights()
     hidden = (x - flat["b_dec"]) @ flat["W_enc"] + flat["b_enc"]
     codes = torch.zeros_like(hidden)
@@ -84,8 +87,8 @@ def test_the_flat_form_is_the_same_function(shape: tuple[int, int, int, int]) ->
             if pre[j] > 0:
                 codes[token, j] = pre[j]
                 own = slice(m + j * c, m + (j + 1) * c)
-                best = int(pre[own].argmax())
-                codes[token, m + j * c + best] = pre[own][best].relu()
+                for best in pre[own].argsort(descending=True, stable=True)[:k_child].tolist():
+                    codes[token, m + j * c + best] = pre[own][best].relu()
     assert_close(sae.encode(x).dense(), codes, rtol=1e-12, atol=1e-12)
     rebuilt = codes @ flat["W_dec"] + flat["b_dec"]
     assert_close(sae(x), rebuilt, rtol=1e-12, atol=1e-12)
@@ -106,17 +109,18 @@ def test_of_equal_parents_and_equal_children_the_lowest_is_chosen(kernel: Kernel
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_gates(kernel: Kernel) -> None:
+@pytest.mark.parametrize("k_child", [1, 2])
+def test_gates(kernel: Kernel, k_child: int) -> None:
     m, c, _, k = shape = (16, 4, 3, 5)
-    sae = drawn(shape)
+    sae = drawn(shape, k_child=k_child)
     sae.kernel = kernel
     x = tokens(200)
     dense = sae.encode(x).dense()
     parents, children = dense[:, :m], dense[:, m:].view(-1, m, c)
     assert (dense >= 0).all()
     assert not (children.any(dim=-1) & (parents == 0)).any(), "no child without its parent"
-    assert ((children > 0).sum(dim=-1) <= 1).all()
-    assert ((dense > 0).sum(dim=-1) <= 2 * k).all()
+    assert int((children > 0).sum(dim=-1).max()) == k_child
+    assert ((dense > 0).sum(dim=-1) <= (1 + k_child) * k).all()
     run = sae.run(x[:3])
     run.residual.square().sum().backward()
     on = run.found.parent[run.found.z > 0].unique()
@@ -230,6 +234,26 @@ def test_planted_directions_become_the_first_atoms() -> None:
     planted = atoms[5:].view(5, 4, D)[:3][mask]
     assert_close(cosine(planted, children[mask]), torch.ones(7))
     assert_close(atoms.norm(dim=-1), torch.ones(25))
+
+
+def test_a_child_begins_with_what_a_random_subspace_holds_of_it() -> None:
+    from allostasis.models.hsae import HierarchicalSAE
+
+    generator = torch.Generator().manual_seed(3)
+    parents = torch.randn(3, D, generator=generator)
+    children = torch.randn(3, 2, D, generator=generator)
+    sae = HierarchicalSAE(seed=0, d_model=D, m=3, c=2, s=4, k=2)
+    drawn_up, drawn_down = sae.Pi_up.clone(), sae.Pi_down.clone()
+    sae.plant(parents, children, torch.ones(3, 2, dtype=torch.bool), is_turned=False)
+    assert torch.equal(sae.Pi_up, drawn_up)
+    assert torch.equal(sae.Pi_down, drawn_down)
+    atoms = sae.atoms().detach()
+    assert_close(torch.nn.functional.cosine_similarity(atoms[:3], parents), torch.ones(3))
+    # the nearest direction of a subspace is the projection on it
+    projector = drawn_up.mT @ torch.linalg.inv(drawn_up @ drawn_up.mT) @ drawn_up
+    nearest = torch.einsum("mde,mce->mcd", projector, children).detach()
+    nearest = nearest / nearest.norm(dim=-1, keepdim=True)
+    assert_close(atoms[3:].view(3, 2, D), nearest, rtol=0, atol=1e-5)
 
 
 def test_a_loss_that_can_move_nothing_is_refused() -> None:

@@ -84,7 +84,7 @@ def test_the_command_line_says_what_a_saved_sae_is(
     assert main(["load", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert said.splitlines() == [
-        "allostasis_hsae 32 -> 48 latents m=12 c=3 k=3",
+        "allostasis_hsae 32 -> 48 latents m=12 c=3 k=3 k_child=1",
         "hook blocks.1.hook_resid_post of tiny",
     ]
     assert main(["load", str(tmp_path / "nowhere")]) == 1
@@ -93,7 +93,7 @@ def test_the_command_line_says_what_a_saved_sae_is(
 
 def test_it_is_registered_twice_without_complaint_and_refuses_what_breaks_it() -> None:
     from allostasis.models import hsae_sae_lens
-    from allostasis.models.hsae import HierarchicalSAE, UnsupportedExport
+    from allostasis.models.hsae_sae_lens import HSAEConfig
 
     hsae_sae_lens.register()
     exported = hsae_sae_lens.export(trained_a_little(), hook_name="somewhere")
@@ -101,9 +101,8 @@ def test_it_is_registered_twice_without_complaint_and_refuses_what_breaks_it() -
         exported.fold_W_dec_norm()
     with pytest.raises(ValueError, match="hook_name"):
         hsae_sae_lens.export(trained_a_little())
-    two = HierarchicalSAE(seed=0, d_model=8, m=4, c=3, s=2, k=2, k_child=2)
-    with pytest.raises(UnsupportedExport, match="k_child=2"):
-        two.flat_weights()
+    with pytest.raises(ValueError, match="k_child=4 of c=3 children"):
+        HSAEConfig(d_in=8, d_sae=16, m=4, c=3, k=2, k_child=4)
 
 
 def test_scale_folding_by_the_library_keeps_the_codes() -> None:
@@ -132,6 +131,19 @@ def test_saelens_trains_the_flat_form_itself() -> None:
         seen.append(output.losses["mse_loss"].item())
     assert seen[-1] < 0.5 * seen[0]
     assert set(output.losses) == {"mse_loss", "parents_loss"}
+
+
+def test_two_children_of_a_parent_are_exported_too(tmp_path: Path) -> None:
+    from allostasis.models.hsae import HierarchicalSAE
+    from allostasis.models.sae import export, load
+
+    sae = HierarchicalSAE(seed=0, d_model=D, m=12, c=3, s=4, k=3, k_child=2)
+    x = torch.randn(50, D, generator=torch.Generator().manual_seed(1))
+    export(sae, tmp_path, hook_name="blocks.1.hook_resid_post")
+    loaded, wanted = load(tmp_path), sae.encode(x).dense()
+    assert (wanted[:, 12:].view(-1, 12, 3) > 0).sum(dim=-1).max() == 2
+    assert_close(loaded.encode(x), wanted, rtol=1e-5, atol=1e-5)
+    assert_close(loaded(x), sae(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])

@@ -27,6 +27,7 @@ SOURCES = {
     "teacher": "teacher's vector", "sae": "autoencoder's atom", "means": "difference of means",
     "random": "random direction",
 }  # fmt: skip
+MARKERS = "os^"  # of arms, one after another once all colours are taken
 MOST = 30  # features in the matrix
 SMALLEST = 1e-6  # nats that a logarithmic axis shows
 
@@ -100,13 +101,14 @@ def leakage(arms: Sequence[Arm]) -> Canvas:
     there = there[there["asked"] == asked]
     names = list(dict.fromkeys(there["arm"]))
     levels = [level for level in ("parent", "child") if (there["level"] == level).any()]
+    half = min(0.08, 0.3 / len(names))  # of a median's bar
     with style() as plt:
         figure, axes = plt.subplots(
             1, len(levels), figsize=(4.2 * len(levels) + 1, 3.6), squeeze=False, sharey=True
         )
         for axis, level in zip(axes[0], levels, strict=True):
             for at, name in enumerate(names):
-                colour = ARM_COLOURS[at % len(ARM_COLOURS)]
+                colour, marker = _look(at)
                 for place, source in enumerate(SOURCES):
                     rows = there[(there["level"] == level) & (there["source"] == source)]
                     values = (
@@ -115,17 +117,25 @@ def leakage(arms: Sequence[Arm]) -> Canvas:
                     if not len(values):
                         continue
                     x = place + (at - (len(names) - 1) / 2) * 0.7 / len(names)
-                    axis.plot(np.full(len(values), x), values, "o", ms=3, alpha=0.5, color=colour)
-                    axis.hlines(np.median(values), x - 0.08, x + 0.08, color=INK, lw=2)
+                    axis.plot(
+                        np.full(len(values), x), values, marker, ms=3, alpha=0.5, color=colour
+                    )
+                    axis.hlines(np.median(values), x - half, x + half, color=INK, lw=2)
             axis.set_xticks(range(len(SOURCES)), [*SOURCES.values()], rotation=20, ha="right")
             axis.set(yscale="log", title=f"{level} concepts, gain {asked:g} nat")
         axes[0, 0].set_ylabel("leakage, nat")
         handles = [
-            plt.Line2D([], [], ls="", marker="o", color=ARM_COLOURS[i % len(ARM_COLOURS)], label=n)
-            for i, n in enumerate(names)
+            plt.Line2D([], [], ls="", marker=_look(at)[1], color=_look(at)[0], label=name)
+            for at, name in enumerate(names)
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(names)))
     return figure
+
+
+def _look(at: int) -> tuple[str, str]:
+    """Colour and marker of an arm."""
+    round_, place = divmod(at, len(ARM_COLOURS))
+    return ARM_COLOURS[place], MARKERS[round_ % len(MARKERS)]
 
 
 def success(arms: Sequence[Arm]) -> Canvas:

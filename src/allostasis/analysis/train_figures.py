@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -65,6 +66,52 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             partial(_losses, arms),
         ),
     ]  # fmt: skip
+
+
+def cells(arms: Sequence[Arm]) -> list[Figure]:
+    """The frontier over K, where arms were run at several."""
+    found = sweeps(arms)
+    if not found:
+        return []
+    return [
+        Figure(
+            "k_sweep", "Explained variance by L0, over K",
+            "K: the parents at once. Large: means over seeds; small: seeds. Circles are "
+            "hierarchical. A flat autoencoder has the L0 that the arm it read has at that K, and "
+            "its latents (diamonds), parameters (squares) or operations of a forward pass "
+            "(triangles).",
+            partial(_sweep, found),
+        )
+    ]  # fmt: skip
+
+
+def sweeps(arms: Sequence[Arm]) -> list[tuple[str, list[Arm]]]:
+    """Arms that differ in K alone, by rising K, under the name of their condition and device.
+
+    Of two that differ in what is not looked at here, such as the metrics, the one with more seeds.
+    """
+    groups: dict[tuple[str, ...], dict[int, Arm]] = {}
+    for arm in arms:
+        if arm.runs:
+            of_k = groups.setdefault(_but_for_k(arm), {})
+            k = int(arm.setting("module.k"))
+            if k not in of_k or len(arm.runs) > len(of_k[k].runs):
+                of_k[k] = arm
+    return [
+        (key[0] if key[1] == "cpu" else f"{key[0]}, {key[1]}", [of_k[k] for k in sorted(of_k)])
+        for key, of_k in groups.items()
+        if len(of_k) > 1
+    ]
+
+
+def _but_for_k(arm: Arm) -> tuple[str, ...]:
+    """Condition, device, and all settings but K and the seed."""
+    settings = {part: dict(arm.config.get(part) or {}) for part in ("task", "model", "module")}
+    for part in settings.values():
+        part.pop("seed", None)
+    settings["module"].pop("k")
+    settings["module"].setdefault("k_child", 1)  # runs of before there was a choice
+    return arm.condition, arm.device, json.dumps(settings, sort_keys=True)
 
 
 def tables(arms: Sequence[Arm]) -> list[Table]:
@@ -142,6 +189,39 @@ def _frontier(arms: Sequence[Arm]) -> Any:
                 _ends(arm, "l0"), _ends(arm, "explained_variance"), "os^vD"[place % 5],
                 color=canvas.ARM_COLOURS[place % len(canvas.ARM_COLOURS)], label=arm.condition,
             )  # fmt: skip
+        axis.set_xlabel("L0 (latents on a token)")
+        axis.set_ylabel("explained variance")
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return drawn
+
+
+EQUAL = {"latents": ("D", "latents"), "params": ("s", "parameters"), "flops": ("^", "operations")}
+"""Markers of flat autoencoders and the words for them, by what of them is a hierarchical one's."""
+
+
+def _sweep(found: Sequence[tuple[str, list[Arm]]]) -> Any:
+    with canvas.style() as plt:
+        drawn, axis = plt.subplots(figsize=(canvas.MIN_WIDTH, 4))
+        for (name, arms), (colour, dashes) in zip(found, canvas.looks(), strict=False):
+            kind, match = (str(arms[0].setting(f"module.{key}")) for key in ("kind", "match"))
+            marker, equal = ("o", "") if kind == "hsae" else EQUAL[match]
+            label = f"{name}, equal {equal}" if equal else name
+            points = []
+            for arm in arms:
+                l0, variance = _ends(arm, "l0"), _ends(arm, "explained_variance")
+                axis.plot(l0, variance, marker, color=colour, ms=3, alpha=0.5)
+                points.append((l0.mean(), variance.mean()))
+                if not equal:
+                    axis.annotate(
+                        f"K={arm.setting('module.k')}", points[-1], xytext=(0, -14),
+                        textcoords="offset points", ha="center", fontsize=8, color=colour,
+                    )  # fmt: skip
+            axis.plot(
+                *zip(*points, strict=True), marker=marker, ls=dashes, color=colour, label=label
+            )
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.margins(0.1)
         axis.set_xlabel("L0 (latents on a token)")
         axis.set_ylabel("explained variance")
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -19,6 +19,10 @@ BLOCKS = ("task", "model", "module", "metrics", "trainer", "logger")
 NOT_IDENTITY = ("logger", "force", "threads", "gates", "allow", "conditions", "hydra")
 """Fields without a say in what is computed, beside the seed and the device."""
 
+SINCE = {"k_child": 1}
+"""Settings of a module that a design was given after runs of it were recorded, each at the value
+that those runs had: at it, a setting leaves their hash as it was."""
+
 NOT_IDENTITY_OF_TRAINER = ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")
 
 
@@ -88,8 +92,8 @@ def config_hash(cfg: DictConfig, *, without: tuple[str, ...] = ()) -> str:
 
     Taken over the resolved config with seed and device blanked, so that `task.seed: ${seed}` does
     not tell seeds apart. Left out is what has no say in the result:
-    the dashboard, force, threads, gates, allow, the table of other conditions and what the trainer
-    shows on its way.
+    the dashboard, force, threads, gates, allow, the table of other conditions, what the trainer
+    shows on its way, and what is `SINCE` there.
 
     Args:
         cfg: A composed config, with or without its `hydra` part.
@@ -106,6 +110,9 @@ def config_hash(cfg: DictConfig, *, without: tuple[str, ...] = ()) -> str:
             if key not in (*NOT_IDENTITY, *without)
         }
     settings["module"].pop("n_seeds", None)  # how many runs are done side by side, whatever a run's
+    for key, value in SINCE.items():
+        if settings["module"].get(key) == value:
+            del settings["module"][key]
     for key in NOT_IDENTITY_OF_TRAINER:
         settings["trainer"].pop(key, None)  # what it shows on its way
     text = json.dumps(_plain(settings), sort_keys=True, separators=(",", ":"))

@@ -20,7 +20,7 @@ MAX_FLAT = 2**30
 
 
 class UnsupportedExport(ValueError):
-    """A hierarchical SAE that no flat SAE equals."""
+    """A hierarchical SAE whose flat form would be too large."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,13 +223,8 @@ class HierarchicalSAE(nn.Module):
             `W_enc` [d, latent], `b_enc` [latent], `W_dec` [latent, d], `b_dec` [d].
 
         Raises:
-            UnsupportedExport: More than one child of a parent is on at once, or the decoder would
-                have more than 2^30 entries.
+            UnsupportedExport: The decoder would have more than 2^30 entries.
         """
-        if self.k_child > 1:
-            raise UnsupportedExport(
-                f"k_child={self.k_child}: the registered activation turns on one child of a parent"
-            )
         if self.d_sae * self.d_model > MAX_FLAT:
             raise UnsupportedExport(
                 f"{self.d_sae} latents x {self.d_model} are more than 2^30 entries of a decoder"
@@ -293,6 +288,8 @@ class HierarchicalSAE(nn.Module):
         parents: Float[Tensor, "concept d"],
         children: Float[Tensor, "concept most d"],
         mask: torch.Tensor,
+        *,
+        is_turned: bool = True,
     ) -> int:
         """Make given directions the first atoms; the others stay as they were drawn.
 
@@ -303,6 +300,8 @@ class HierarchicalSAE(nn.Module):
             parents: Directions of parents 0, 1, ...; unit norm is made of any length.
             children: Directions of their children.
             mask: Which of them there are.
+            is_turned: Whether subspaces are turned towards their children. If not, they stay as
+                they were drawn, and a child begins with what its parent's subspace holds of it.
 
         Returns:
             Slots without a given direction, over both levels.
@@ -322,11 +321,16 @@ class HierarchicalSAE(nn.Module):
         for j in range(n):
             wanted = children[j][mask[j]].to(self.D)
             wanted = wanted / wanted.norm(dim=-1, keepdim=True)
-            self._span(j, wanted)
+            if is_turned:
+                self._turn(j, wanted)
+            low = wanted @ self.Pi_up[j].mT
+            low = low / low.norm(dim=-1, keepdim=True)
+            self.Dc[j, : len(wanted)].copy_(low)
+            self.Ec[j, : len(wanted)].copy_(low)
         return self.d_sae - n - int(mask.sum())
 
-    def _span(self, j: int, wanted: Float[Tensor, "child d"]) -> None:
-        """Turn parent j's subspace so that it holds the wanted directions, with atoms there."""
+    def _turn(self, j: int, wanted: Float[Tensor, "child d"]) -> None:
+        """Turn parent j's subspace so that it holds the wanted directions."""
         basis = self.Pi_up[j].detach()
         together = torch.cat([wanted, basis]).mT.double()
         rows = min(self.s, self.d_model)
@@ -334,7 +338,3 @@ class HierarchicalSAE(nn.Module):
         basis = torch.cat([turned, basis[rows:]])
         self.Pi_up[j].copy_(basis)
         self.Pi_down[j].copy_(basis)
-        low = wanted @ basis.mT
-        low = low / low.norm(dim=-1, keepdim=True)
-        self.Dc[j, : len(wanted)].copy_(low)
-        self.Ec[j, : len(wanted)].copy_(low)

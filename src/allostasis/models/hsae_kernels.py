@@ -80,6 +80,17 @@ def top_k(hidden: Float[Tensor, "token parent"], k: int) -> Int64[Tensor, "token
     return index[:, :k].contiguous()
 
 
+def best_children(
+    scores: Float[Tensor, "token k child"], k_child: int
+) -> tuple[Float[Tensor, "token k k_child"], Int64[Tensor, "token k k_child"]]:
+    """Pre-activations and numbers of each parent's best children, of equal ones the first."""
+    if k_child == 1:
+        best, child = scores.max(dim=-1, keepdim=True)
+        return best, child
+    ranked = scores.sort(dim=-1, descending=True, stable=True)
+    return ranked.values[..., :k_child], ranked.indices[..., :k_child]
+
+
 class Lookup:
     """Rows of a table that each token reads, and, for gradients, the tokens that each row serves.
 
@@ -269,11 +280,7 @@ def encode(
         low = dot(x0, w.Pi_down.flatten(0, 1), rows.blocks(s), dense=dense)
         scores = torch.einsum("tks,tkcs->tkc", low.view(*parent.shape, s), take(w.Ec, rows))
         scores = scores + take(w.bc, rows)
-    if k_child == 1:
-        best, child = scores.max(dim=-1, keepdim=True)  # of equal ones the first
-    else:
-        ranked = scores.sort(dim=-1, descending=True, stable=True)
-        best, child = ranked.values[..., :k_child], ranked.indices[..., :k_child]
+    best, child = best_children(scores, k_child)
     v = best.relu() * (z > 0)[..., None]
     return Selected(parent, z, child, v, hidden, scores)
 

@@ -25,7 +25,7 @@ from sae_lens.saes.sae import (
 from torch import Tensor, nn
 
 from allostasis.models.hsae import HierarchicalSAE
-from allostasis.models.hsae_kernels import top_k
+from allostasis.models.hsae_kernels import best_children, top_k
 
 ARCHITECTURE = "allostasis_hsae"
 
@@ -37,11 +37,12 @@ class GroupedTopK(nn.Module):
         m: Parents.
         c: Children of a parent, j-major behind the parents.
         k: Active parents of a token.
+        k_child: Active children of an active parent.
     """
 
-    def __init__(self, m: int, c: int, k: int) -> None:
+    def __init__(self, m: int, c: int, k: int, k_child: int = 1) -> None:
         super().__init__()
-        self.m, self.c, self.k = m, c, k
+        self.m, self.c, self.k, self.k_child = m, c, k, k_child
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Codes of pre-activations, whatever axes come before the latents."""
@@ -50,9 +51,10 @@ class GroupedTopK(nn.Module):
         chosen = top_k(parents, self.k)
         z = parents.gather(1, chosen).relu()
         scores = children.gather(1, chosen[..., None].expand(-1, -1, self.c))
-        best, child = scores.max(dim=-1)
-        index = torch.cat([chosen, self.m + chosen * self.c + child], dim=1)
-        value = torch.cat([z, best.relu() * (z > 0)], dim=1)
+        best, child = best_children(scores, self.k_child)
+        latent = self.m + chosen[..., None] * self.c + child
+        index = torch.cat([chosen, latent.flatten(1)], dim=1)
+        value = torch.cat([z, (best.relu() * (z > 0)[..., None]).flatten(1)], dim=1)
         return torch.zeros_like(flat).scatter(1, index, value).view(hidden.shape)
 
 
@@ -63,13 +65,15 @@ class HSAEConfig(SAEConfig):
     Attributes:
         m: Parents.
         c: Children of a parent.
-        k: Active parents of a token; each turns on at most one child.
+        k: Active parents of a token.
+        k_child: Children that each of them turns on, at most.
         metadata: What it is of: hook, model, training.
     """
 
     m: int = 1
     c: int = 1
     k: int = 1
+    k_child: int = 1
     metadata: Any = field(default_factory=SAEMetadata)  # on loading a dictionary for a moment
 
     @classmethod
@@ -90,12 +94,14 @@ class HSAETrainingConfig(TrainingSAEConfig):
         m: Parents.
         c: Children of a parent.
         k: Active parents of a token.
+        k_child: Children that each of them turns on, at most.
         parents_coefficient: Weight of what the parents alone miss.
     """
 
     m: int
     c: int
     k: int
+    k_child: int = 1
     parents_coefficient: float = 0.1
 
     @classmethod
@@ -111,6 +117,8 @@ class HSAETrainingConfig(TrainingSAEConfig):
 def _check(cfg: Any) -> None:
     if cfg.d_sae != cfg.m * (1 + cfg.c):
         raise ValueError(f"d_sae={cfg.d_sae} is not m (1 + c) of m={cfg.m}, c={cfg.c}")
+    if not 1 <= cfg.k_child <= cfg.c:
+        raise ValueError(f"k_child={cfg.k_child} of c={cfg.c} children; it is 1 to {cfg.c}")
 
 
 class HSAE(SAE[HSAEConfig]):
@@ -125,7 +133,7 @@ class HSAE(SAE[HSAEConfig]):
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         """The grouped TopK."""
-        return GroupedTopK(self.cfg.m, self.cfg.c, self.cfg.k)
+        return GroupedTopK(self.cfg.m, self.cfg.c, self.cfg.k, self.cfg.k_child)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of activations."""
@@ -161,7 +169,7 @@ class HSAETraining(TrainingSAE[HSAETrainingConfig]):
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         """The grouped TopK."""
-        return GroupedTopK(self.cfg.m, self.cfg.c, self.cfg.k)
+        return GroupedTopK(self.cfg.m, self.cfg.c, self.cfg.k, self.cfg.k_child)
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         """None that change during training."""
@@ -203,7 +211,7 @@ def export(sae: HierarchicalSAE, **metadata: Any) -> HSAE:
             whose hook it does not find without a word.
 
     Raises:
-        UnsupportedExport: No flat form equals it.
+        UnsupportedExport: Its decoder would have more than 2^30 entries.
         ValueError: No hook is named.
     """
     if not metadata.get("hook_name"):
@@ -218,6 +226,7 @@ def export(sae: HierarchicalSAE, **metadata: Any) -> HSAE:
             m=sae.m,
             c=sae.c,
             k=sae.k,
+            k_child=sae.k_child,
         )
     )
     flat.load_state_dict(weights)

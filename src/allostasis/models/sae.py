@@ -178,7 +178,7 @@ def export(sae: HierarchicalSAE | FlatSAE, folder: Path, **metadata: Any) -> Non
         metadata: `hook_name`, `model_name` and whatever else a reader wants to know.
 
     Raises:
-        UnsupportedExport: No flat form equals it.
+        UnsupportedExport: Its decoder would have more than 2^30 entries.
     """
     if isinstance(sae, FlatSAE):
         sae.export(folder, **metadata)
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     cfg, metadata = sae.cfg.to_dict(), sae.cfg.metadata
-    shape = " ".join(f"{name}={cfg[name]}" for name in ("m", "c", "k") if name in cfg)
+    shape = " ".join(f"{name}={cfg[name]}" for name in ("m", "c", "k", "k_child") if name in cfg)
     print(f"{cfg['architecture']} {cfg['d_in']} -> {cfg['d_sae']} latents {shape}".rstrip())
     print(f"hook {metadata.hook_name} of {metadata.model_name}")
     return 0

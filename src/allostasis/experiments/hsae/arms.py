@@ -14,7 +14,9 @@ from allostasis.core.spaces import CausalMetric, ResidVec
 from allostasis.models.hsae import HierarchicalSAE
 from allostasis.models.teacher import Teacher
 
-Start = Literal["random", "teacher", "rotated", "pca", "kmeans"]
+Start = Literal["random", "teacher", "rotated", "random_projectors", "pca", "kmeans"]
+TAUGHT = ("teacher", "rotated", "random_projectors")
+"""Starts that need a teacher's vectors."""
 Match = Literal["latents", "params", "flops"]
 
 
@@ -135,13 +137,21 @@ def n_parameters(m: int, c: int, s: int, d: int) -> int:
     return 2 * m * d + m + d + 2 * m * s * d + 2 * m * c * s + m * c
 
 
-def flops(m: int, c: int, s: int, k: int, d: int) -> int:
+def flops(m: int, c: int, s: int, k: int, d: int, k_child: int = 1) -> int:
     """Multiplications and additions of a token's forward pass under the kernel `hybrid`."""
-    return 2 * (m * d + m * s * d + k * (c * s + s + s * d + d))
+    return 2 * (m * d + m * s * d + k * (c * s + k_child * s + s * d + d))
 
 
 def flat_width(
-    how: Match, *, m: int, c: int, s: int, k: int, d: int, l0: float | None = None
+    how: Match,
+    *,
+    m: int,
+    c: int,
+    s: int,
+    k: int,
+    d: int,
+    k_child: int = 1,
+    l0: float | None = None,
 ) -> int:
     """Latents of a flat SAE that is a hierarchical one's equal.
 
@@ -153,11 +163,12 @@ def flat_width(
         s: Width of its subspaces.
         k: Its active parents.
         d: Width of an activation.
-        l0: Active latents of the flat one, for `flops`; by default 2 k.
+        k_child: Its active children of an active parent.
+        l0: Active latents of the flat one, for `flops`; by default as many as it has at most.
     """
     if how == "latents":
         return m * (1 + c)
     if how == "params":
         return round((n_parameters(m, c, s, d) - d) / (2 * d + 1))
-    active = 2 * k if l0 is None else l0
-    return max(1, round(flops(m, c, s, k, d) / (2 * d) - active))
+    active = k * (1 + k_child) if l0 is None else l0
+    return max(1, round(flops(m, c, s, k, d, k_child) / (2 * d) - active))

@@ -21,6 +21,12 @@ def tables(arms: Sequence[Arm]) -> list[Table]:
     return _of(arms[0].exp).tables(arms)
 
 
+def cells(arms: Sequence[Arm]) -> list[Figure]:
+    """Figures over arms of one condition that differ in their settings, where there are some."""
+    draw = getattr(_of(arms[0].exp), "cells", None)
+    return [] if draw is None else draw(arms)
+
+
 def _of(exp: str) -> ModuleType:
     """`analysis/<name>_figures.py` of the experiment `hsae_<name>`."""
     return importlib.import_module(f"allostasis.analysis.{exp.removeprefix('hsae_')}_figures")
