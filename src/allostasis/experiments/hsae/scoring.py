@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from allostasis.analysis.matching import Matches, match_latents
+from allostasis.experiments.hsae.latents import in_words, latent_table
 from allostasis.metrics.base import Coding, Snapshot
 from allostasis.models.hsae import HierarchicalSAE
 from allostasis.models.sae import FlatSAE
@@ -114,6 +116,17 @@ class Scoring:
             token_losses=self._losses(sae),
             **fields,
         )
+
+    def latents(self, sae: HierarchicalSAE | FlatSAE) -> pd.DataFrame:
+        """Each latent with the test rows where it is most on; concepts have been matched before."""
+        batch = self.rows("test", self.n_test)
+        labels = self.labels(batch, "test")
+        assert labels is not None
+        assert self.matches is not None
+        return latent_table(
+            coding(sae, batch.x), self.matches, labels.names, labels.members.numpy(),
+            in_words(batch, None if self.model is None else self.model.tokenizer.decode),
+        )  # fmt: skip
 
     def _matched(self, sae: HierarchicalSAE | FlatSAE) -> Matches:
         batch = self.rows("train", self.n_match)

@@ -299,10 +299,14 @@ class HsaeTrain(Training):
         return {"snapshot": next(iter(self.scoring.whole(self.model, self.updates)))}
 
     def on_test_end(self) -> None:
-        """Write the curves, the matches and the autoencoder in SAELens's layout."""
+        """Write the curves, matches, latents, and the autoencoder in SAELens's layout."""
         folder = Path(self.trainer.default_root_dir)
         run_id = json.loads((folder / "run.json").read_text(encoding="utf-8"))["run_id"]
-        tables = {"training": pd.DataFrame(self.curves), "matches": self._match_table()}
+        tables = {
+            "training": pd.DataFrame(self.curves),
+            "matches": self._match_table(),
+            "latents": self.scoring.latents(self.model),
+        }
         for name, frame in tables.items():
             table = pa.Table.from_pandas(frame.assign(run_id=run_id), preserve_index=False)
             write_table(folder / f"{name}.parquet", table, table.schema, nullable=True)
