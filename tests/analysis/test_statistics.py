@@ -613,10 +613,74 @@ def test_log_hazard_ratio_over_its_error_is_the_log_rank_z() -> None:
     assert estimate / error == pytest.approx(st.log_rank(sides[0], sides[1])[0], rel=1e-10)
     mirrored, _ = st.log_hazard_ratio(sides[1], sides[0])
     assert mirrored == pytest.approx(-estimate)
-    inference = estimands.log_hazard_ratio(sides[0], sides[1])
-    assert 2 * min(inference.above(0.0), inference.below(0.0)) == pytest.approx(
-        st.log_rank(sides[0], sides[1])[1]
+
+
+def test_log_rank_by_relabelling_equals_scipys_permutation_of_scipys_statistic(
+    rng: np.random.Generator,
+) -> None:
+    times, censored = CENSORED
+    group = np.array([0, 0, 1, 0, 1, 1, 0, 1])
+    sides = [(times[group == g], censored[group == g]) for g in (0, 1)]
+
+    def z(left: np.ndarray, right: np.ndarray) -> float:
+        arms = (
+            stats.CensoredData(uncensored=times[rows][~censored[rows]], right=times[rows][censored[rows]])
+            for rows in (left.astype(int), right.astype(int))
+        )
+        return float(stats.logrank(*arms).statistic)
+
+    rows = [np.flatnonzero(group == g).astype(float) for g in (0, 1)]
+    ours = st.permuted_times(sides[0], sides[1], rng)
+    for found, tail in ((ours.above(0.0), "greater"), (ours.below(0.0), "less")):
+        theirs = stats.permutation_test(
+            rows, z, permutation_type="independent", alternative=tail, n_resamples=np.inf
+        )
+        assert found == pytest.approx(theirs.pvalue, rel=1e-10)
+
+
+def test_log_rank_tests_by_many_labellings_agree_with_the_chi_square(
+    rng: np.random.Generator,
+) -> None:
+    times = rng.exponential(1.0, (2, 40)) * np.array([[1.0], [1.5]])
+    sides = [(np.minimum(t, 2.0), t > 2.0) for t in times]
+    drawn = st.permuted_times(sides[0], sides[1], rng)
+    assert drawn.labellings == 100_000
+    p = st.log_rank(sides[0], sides[1])[1]
+    assert drawn.two_sided() == pytest.approx(p, rel=0.1)
+    interval = drawn.interval(0.95)
+    estimate, error = st.log_hazard_ratio(sides[0], sides[1])
+    assert_allclose(
+        [interval.low, interval.high], estimate + np.array([-1.96, 1.96]) * error, atol=0.1 * error
     )
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_arms_that_are_wholly_apart_have_the_least_p_of_the_log_rank_test(
+    n: int, rng: np.random.Generator
+) -> None:
+    none = np.zeros(n, dtype=bool)
+    test = st.permuted_times((np.arange(1.0, n + 1), none), (np.arange(1.0, n + 1) + n, none), rng)
+    assert test.above(0.0) == pytest.approx(st.attainable_p("unpaired", n))
+    alone = np.full(n, 9.0)  # the other arm never gets there
+    test = st.permuted_times((np.arange(1.0, n + 1), none), (alone, ~none), rng)
+    assert test.above(0.0) == pytest.approx(st.attainable_p("unpaired", n))
+
+
+@pytest.mark.parametrize("level", [0.8, 0.9, 0.95])
+def test_the_interval_of_a_hazard_ratio_excludes_0_where_its_test_does(level: float) -> None:
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        times = np.ceil(rng.exponential(1.0, (2, 5)) * np.array([[4.0], [9.0]]))
+        sides = [(np.minimum(t, 8.0), t > 8.0) for t in times]
+        try:
+            test = st.permuted_times(sides[0], sides[1], rng)
+        except UndefinedError:
+            continue
+        interval = test.interval(level)
+        says = test.two_sided() < 1 - level - 1e-12
+        low = -np.inf if interval.low is None else interval.low
+        high = np.inf if interval.high is None else interval.high
+        assert says == (low > 0 or high < 0), seed
 
 
 def test_log_hazard_ratio_is_near_that_of_exponential_times(rng: np.random.Generator) -> None:

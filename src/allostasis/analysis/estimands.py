@@ -283,27 +283,28 @@ def median_time(times: np.ndarray, censored: np.ndarray) -> Inference:
 
 
 def log_hazard_ratio(
-    left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
+    left: tuple[np.ndarray, np.ndarray],
+    right: tuple[np.ndarray, np.ndarray],
+    rng: np.random.Generator,
 ) -> Inference:
     """Log hazard ratio of two arms by Peto's estimate; against 0 its test is the log-rank test.
 
-    Its normal approximation is eager with few units: at a nominal 5 %, 8 an arm, a fifth of them
-    censored, 6.6 % of 4,000 data sets without a difference were decided.
+    By relabelling (`relabelling.permuted_times`, with its error rate); the chi-square that is
+    printed beside is eager with few units: at a nominal 5 %, 8 an arm, a fifth of them censored,
+    6.6 % of 4,000 data sets without a difference were decided by it.
+
+    Raises:
+        UndefinedError: No run of either arm reached the event, or nothing is left to compare.
     """
-    estimate, error = st.log_hazard_ratio(left, right)
     z, p = st.log_rank(left, right)
+    estimate, _ = st.log_hazard_ratio(left, right)
+    test = st.permuted_times(left, right, rng)
     medians = [number(st.kaplan_meier(*side).median) for side in (left, right)]
-
-    def interval(level: float) -> Interval:
-        reach = float(stats.norm.ppf((1 + level) / 2)) * error
-        return Interval(estimate - reach, estimate + reach, level, "Peto")
-
     return Inference(
-        estimate, min(len(left[0]), len(right[0])), interval,
-        lambda b: float(stats.norm.sf((estimate - b) / error)),
-        lambda b: float(stats.norm.cdf((estimate - b) / error)),
+        estimate, min(len(left[0]), len(right[0])), test.interval, test.above, test.below,
         noted=lambda: {
-            "log-rank": f"z {z:.2f}, two-sided p {p:.3g}",
+            "log-rank": f"z {z:.2f}, two-sided p {test.two_sided():.3g} by relabelling; "
+            f"{p:.3g} by chi-square, which decides nothing",
             "medians": f"{medians[0]} and {medians[1]}; - where it was not reached",
         },
     )  # fmt: skip

@@ -145,7 +145,7 @@ def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference
         case "log_hazard_ratio":
             assert control is not None
             return estimands.log_hazard_ratio(
-                (values, treatment.censored), (control.values, control.censored)
+                (values, treatment.censored), (control.values, control.censored), rng
             )
         case "kappa":
             assert below is not None

@@ -37,7 +37,7 @@ from allostasis.analysis.power import (
     power,
     seeds_for_power,
 )
-from allostasis.analysis.relabelling import flipped_signs, max_t, permuted_labels
+from allostasis.analysis.relabelling import flipped_signs, max_t, permuted_labels, permuted_times
 from allostasis.analysis.resampling import (
     Bootstrap,
     RatioBootstrap,
@@ -55,6 +55,6 @@ __all__ = [
     "kaplan_meier", "log_hazard_ratio", "log_rank", "max_t", "median_above", "median_below",
     "median_interval", "minimum_seeds",
     "nested_interval", "noncentral_above", "one_sample_effect", "permutation", "permuted_labels",
-    "phase_randomised_p", "power", "rank_correlation", "ratio_above", "seeds_for_power",
+    "permuted_times",    "phase_randomised_p", "power", "rank_correlation", "ratio_above", "seeds_for_power",
     "sign_flip", "t_above", "t_interval", "unbiasing", "welch_above", "welch_interval",
 ]  # fmt: skip

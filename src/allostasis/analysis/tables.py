@@ -10,6 +10,7 @@ import numpy as np
 from allostasis.analysis import statistics as st
 from allostasis.analysis.aggregate import Arm
 from allostasis.analysis.curves import UndefinedError
+from allostasis.analysis.estimands import generator
 from allostasis.analysis.summaries import final
 from allostasis.analysis.text import bracket, number
 
@@ -60,7 +61,8 @@ def survival_table(arms: Sequence[Arm], event: str) -> Table:
     for condition, (times, censored) in samples.items():
         curve = st.kaplan_meier(times, censored)
         mean, error = curve.restricted_mean(until)
-        test = "" if condition == first else _log_rank(samples[condition], samples[first])
+        rng = generator(f"{event}: {condition} against {first}")
+        test = "" if condition == first else _log_rank(samples[condition], samples[first], rng)
         rows.append((
             condition,
             f"{int((~censored).sum())} of {len(times)}",
@@ -70,8 +72,8 @@ def survival_table(arms: Sequence[Arm], event: str) -> Table:
             test,
         ))
     note = (
-        "The interval is log-log Greenwood's; ± is a standard error. Log-rank tests are two-sided "
-        f"and not corrected; z > 0: sooner than {first}."
+        "The interval is log-log Greenwood's; ± is a standard error. Log-rank tests are two-sided, "
+        f"by relabelling, and not corrected; z > 0: sooner than {first}."
     )
     heads = (
         "condition", "reached", "median", "95 %", f"mean, restricted to {number(until)}",
@@ -80,12 +82,13 @@ def survival_table(arms: Sequence[Arm], event: str) -> Table:
     return Table(f"Steps to {event}", heads, tuple(rows), note)
 
 
-def _log_rank(left: Times, right: Times) -> str:
+def _log_rank(left: Times, right: Times, rng: np.random.Generator) -> str:
     try:
-        z, p = st.log_rank(left, right)
+        z, _ = st.log_rank(left, right)
+        test = st.permuted_times(left, right, rng)
     except UndefinedError as undefined:
         return str(undefined)
-    return f"z = {z:.2f}, p = {p:.3g}"
+    return f"z = {z:.2f}, p = {test.two_sided():.3g}"
 
 
 def exploratory(arms: Sequence[Arm]) -> Table:

@@ -37,7 +37,7 @@ TESTS = {
     "bootstrap": "the BCa bootstrap of the logarithm, inverted",
     "sign_flip": "exact tests by flipping signs",
     "permutation": "exact tests by permuting labels",
-    "log_rank": "normal tests of Peto's estimate, which at 0 are the log-rank test",
+    "log_rank": "log-rank tests by relabelling, exact up to 10^6 labellings",
 }
 FIELLER = "the tests that Fieller inverts"
 TESTS_OF = {
