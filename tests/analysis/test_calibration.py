@@ -69,6 +69,11 @@ def arms_of_times(rng: Rng, n: int = 8) -> tuple[tuple[np.ndarray, np.ndarray], 
     return tuple((np.minimum(t, 1.5), t > 1.5) for t in times)
 
 
+def rmst_of_two(rng: Rng, *, relabel: bool) -> Inference:
+    left, right = arms_of_times(rng)
+    return estimands.rmst(left, 0.0, rng, control=right, relabel=relabel)
+
+
 def tost(inference: Inference, low: float, high: float) -> Tails:
     """Equivalence at the upper bound: support is at alpha, so that it counts as two tails of it."""
     support = max(inference.above(low), inference.below(high))
@@ -103,6 +108,11 @@ CONTINUOUS: dict[str, Callable[[Rng], Tails]] = {
     "geometric_ratio bootstrap": lambda g: bca(
         GeometricRatio(*(g.gamma(4.0, size=(2, 96, 3)) / 4), g, 1_999), 0.0
     ),
+    "rmst t": lambda g: both(
+        estimands.rmst(arms_of_times(g)[0], 0.0, g), 1 - math.exp(-1.5)
+    ),
+    "rmst permutation": lambda g: both(rmst_of_two(g, relabel=True), 0.0),
+    "rmst t, two arms": lambda g: both(rmst_of_two(g, relabel=False), 0.0),
     "log_hazard_ratio log_rank": lambda g: both(
         estimands.log_hazard_ratio(*arms_of_times(g), g), 0.0
     ),

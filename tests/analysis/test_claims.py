@@ -47,6 +47,16 @@ def test_the_grokking_claims_cover_the_source_and_say_where_they_come_from() -> 
     assert {claim.status for claim in loaded} == {"published", "corrected", "own"}
 
 
+def test_a_claim_of_stability_asks_for_500_steps_above_the_level() -> None:
+    said = ATOM.replace("it rises", "it rises and is stable there")
+    with pytest.raises(ClaimError, match="takes 500 steps above the level; ask `summary: stable"):
+        read(said)
+    (asked,) = read(said.replace("final, of: mean", "stable(0.5), of: proportion")
+                    .replace("test: t", "test: binomial"))  # fmt: skip
+    assert asked.estimand is not None
+    assert asked.estimand.summary == "stable(0.5)"
+
+
 def test_a_folder_without_claims_has_none(tmp_path: Path) -> None:
     assert claims.load(tmp_path, "grokking") == []
 

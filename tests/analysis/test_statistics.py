@@ -295,6 +295,56 @@ def test_restricted_mean_is_the_area_under_the_curve() -> None:
     assert error == pytest.approx(times.std() / math.sqrt(3))
 
 
+def test_restricted_mean_of_censored_times_is_the_integral_of_statsmodels_curve() -> None:
+    times, censored = CENSORED
+    until = st.common_end((times, censored))
+    curve = sm.SurvfuncRight(times, ~censored)
+    grid = np.linspace(0, until, 200_001)
+    steps = np.concatenate([[1.0], curve.surv_prob])
+    heights = steps[np.searchsorted(curve.surv_times, grid[:-1], side="right")]
+    mean, error = st.kaplan_meier(times, censored).restricted_mean(until)
+    assert mean == pytest.approx(heights.mean() * until, rel=1e-4)
+    interval = st.kaplan_meier(times, censored).restricted_interval(until)
+    for end, side in ((interval.low, -1), (interval.high, 1)):  # by the delta method on log(-log)
+        share = mean / until
+        there = math.log(-math.log(end / until)) - math.log(-math.log(share))
+        slope = 1 / (share * math.log(share) * until)
+        assert there == pytest.approx(side * stats.norm.ppf(0.975) * error * slope, rel=1e-9)
+
+
+def test_rmst_is_the_mean_of_restricted_times_and_its_difference_scipys(
+    rng: np.random.Generator,
+) -> None:
+    left, right = rng.exponential([[2.0], [4.0]], (2, 6))
+    arms = [(np.minimum(x, 5.0), x > 5.0) for x in (left, right)]
+    until = st.common_end(*arms)
+    one, other = (np.minimum(times, until) for times, _ in arms)
+    alone = estimands.rmst(arms[1], 0.0, rng)
+    assert alone.estimate == pytest.approx(
+        st.kaplan_meier(*arms[1]).restricted_mean(st.common_end(arms[1]))[0]
+    )
+    assert "log-log Greenwood interval" in alone.beside
+    both = estimands.rmst(arms[0], 0.0, rng, control=arms[1], relabel=True)
+    theirs = stats.permutation_test(
+        (one, other), lambda x, y: x.mean() - y.mean(), alternative="less", n_resamples=np.inf
+    )
+    assert both.below(0.0) == pytest.approx(theirs.pvalue, rel=1e-10)
+    welch = estimands.rmst(arms[0], 0.0, rng, control=arms[1])
+    reference = stats.ttest_ind(one, other, equal_var=False)
+    found = welch.interval(0.95)
+    assert_allclose([found.low, found.high], reference.confidence_interval(0.95), rtol=1e-10)
+    assert welch.beside["restricted to"] == both.beside["restricted to"] == "5"
+    assert "decides nothing" in welch.beside["bootstrap over seeds"]
+
+
+def test_rmst_of_arms_that_never_get_there_is_undefined(rng: np.random.Generator) -> None:
+    times, all_of_them = np.full(6, 9.0), np.ones(6, dtype=bool)
+    with pytest.raises(UndefinedError, match="no run reached the event"):
+        estimands.rmst((times, all_of_them), 1.0, rng)
+    with pytest.raises(UndefinedError, match="no event before the end"):
+        st.kaplan_meier(times, all_of_them).restricted_interval(9.0)
+
+
 def test_log_rank_equals_statsmodels_chi_square() -> None:
     times, censored = CENSORED
     group = np.array([0, 0, 1, 0, 1, 1, 0, 1])

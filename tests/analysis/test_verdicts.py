@@ -15,6 +15,7 @@ from allostasis.analysis.aggregate import Arm, IdenticalArmsError, arms
 from allostasis.analysis.claims import Claim
 from allostasis.analysis.curves import RunView
 from allostasis.analysis.verdicts import Result, Verdict, conjunction, judge, rule
+from allostasis.analysis.wording import blocks
 from allostasis.core.records import read_runs
 
 Writer = Callable[..., Path]
@@ -332,3 +333,13 @@ def test_warnings_before_a_sweep_name_the_claim_and_the_seeds() -> None:
     warnings = families.seed_warnings(registered(), 3)
     assert "C1.groks needs at least 8 seeds to be supported; there are 3" in warnings
     assert all("C4" in line for line in families.seed_warnings(registered(), 8))
+
+
+def test_the_report_says_stable_only_after_500_steps_above_the_bound(study: Path) -> None:
+    every = arms_of(study)
+    selects = {"metric": "accuracy"}
+    final = {"summary": "final", "of": "mean", "split": "test"}
+    for condition, word in (("high_wd", "stable"), ("no_wd", "not to be called stable")):
+        asked = claim(estimand=final, select=selects, bound=0.9, arms={"treatment": condition})
+        (block,) = blocks(judge([asked], every), every)
+        assert dict(block.lines)["dwell"].endswith(f" of 8 seeds; {word}")

@@ -255,12 +255,7 @@ def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
     counts: list[int | None] = []
     for run in arm.runs:
         try:
-            curve = None
-            if claim.select is not None:
-                select = claim.select.model_dump()
-                metric = str(select.pop("metric"))
-                index = {column: select[column] for column in ("layer", "head", "position")}
-                curve = run.curve(metric, split=claim.estimand.split, **index)
+            curve = selected(claim, run)
             own = [other for cell in cells for other in cell.runs if other.seed == run.seed]
             value = summary(run, curve, own)
         except UndefinedError as error:
@@ -285,6 +280,18 @@ def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
         undefined,
         counts=None if None in counts else np.array(counts, dtype=int),
     )
+
+
+def selected(claim: Claim, run: RunView) -> Curve | None:
+    """The curve of a run that a claim selects; None where it reads none.
+
+    Raises:
+        UndefinedError: The run recorded no such curve.
+    """
+    if claim.select is None or claim.select.metric is None or claim.estimand is None:
+        return None
+    index = {name: getattr(claim.select, name) for name in ("layer", "head", "position")}
+    return run.curve(claim.select.metric, split=claim.estimand.split, **index)
 
 
 def _trials(claim: Claim, curve: Curve | None) -> int | None:

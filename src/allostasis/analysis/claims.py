@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -27,7 +28,7 @@ Direction = Literal["greater", "less", "inside", "outside"]
 Test = Literal["t", "tost", "binomial", "bootstrap", "log_rank", "sign_flip", "permutation"]
 Of = Literal[
     "mean", "difference", "paired_difference", "log_ratio", "proportion", "unanimous",
-    "median_time", "kappa", "ratio_of_sums", "log_ratio_of_sums", "hedges_g",
+    "median_time", "rmst", "kappa", "ratio_of_sums", "log_ratio_of_sums", "hedges_g",
     "geometric_ratio", "log_hazard_ratio",
 ]  # fmt: skip
 OF_CLUSTERS: tuple[Of, ...] = (
@@ -42,6 +43,7 @@ TESTS: dict[Of, tuple[Test, ...]] = {
     "proportion": ("binomial",),
     "unanimous": ("binomial",),
     "median_time": ("binomial",),
+    "rmst": ("t", "permutation"),
     "kappa": ("t", "tost"),
     "ratio_of_sums": ("t", "tost"),
     "log_ratio_of_sums": ("t", "tost"),
@@ -262,6 +264,11 @@ class Claim(Part):
             )
         if self.refuted_at is not None:
             self._check_refuted_at(self.refuted_at)
+        if estimand.summary == "final" and re.search(r"\b(un)?stab(le|ly|ility)\b", self.text):
+            raise ValueError(
+                f"`final` does not say that a curve is stable: that takes {summaries.DWELL} steps "
+                "above the level; ask `summary: stable(LEVEL), of: proportion` beside it"
+            )
         if (summaries.parse(estimand.summary).prompts is not None) != (estimand.unit == "cluster"):
             reads = "a run" if estimand.unit == "cluster" else "prompts"
             raise ValueError(
@@ -275,6 +282,7 @@ class Claim(Part):
             verb = "reads the run and takes no" if selects else "needs"
             raise ValueError(f"summary '{estimand.summary}' {verb} `select: {{metric: ...}}`")
         needs_control = estimand.of in {"difference", "paired_difference", "log_hazard_ratio"}
+        needs_control |= self.test == "permutation"
         if needs_control and self.arms is not None and self.arms.control is None:
             raise ValueError(f"of: {estimand.of} needs `arms: {{treatment: ..., control: ...}}`")
 

@@ -142,6 +142,10 @@ def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference
             return estimands.proportion(values, unanimous=share == "unanimous")
         case "median_time":
             return estimands.median_time(values, treatment.censored)
+        case "rmst":
+            times, relabel = (values, treatment.censored), claim.test == "permutation"
+            others = None if control is None else (control.values, control.censored)
+            return estimands.rmst(times, middle(claim), rng, control=others, relabel=relabel)
         case "log_hazard_ratio":
             assert control is not None
             return estimands.log_hazard_ratio(

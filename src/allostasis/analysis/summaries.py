@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FINAL_SHARE = 0.05  # of the steps, at the end
+DWELL = 500  # steps above a level before a curve may be called stable
 MIN_CELLS = 6  # of a factorial, with the event, for a line through them
 # parameters that the records fill; a claim's words fill the others
 READ = ("curve", "run", "cells", *TABLES)
@@ -54,6 +55,21 @@ def final(curve: Curve) -> float:
 def end(curve: Curve) -> float:
     """Value at the last recorded step, where experiments read their whole held-out set."""
     return float(curve.values[-1])
+
+
+def dwell(curve: Curve, level: str) -> float:
+    """Steps at the end of the run over which no recorded value is below a level; 0: the last is."""
+    below = np.flatnonzero(curve.values < float(level))
+    begin = 0 if not len(below) else below[-1] + 1
+    return float(curve.steps[-1] - curve.steps[begin]) if begin < len(curve.steps) else 0.0
+
+
+def stable(curve: Curve, level: str) -> float:
+    """1 where no recorded value of the last 500 steps or more is below a level, else 0.
+
+    A mean over the end does not say so: `final` may lie above a level that the curve falls below.
+    """
+    return float(dwell(curve, level) >= DWELL)
 
 
 def at_accuracy(curve: Curve, run: RunView, level: str) -> float:

