@@ -101,10 +101,16 @@ def _report(folder: Path, records: Sequence[RunRecord], *, allow_mixed: bool) ->
     views = [RunView(record) for record in records]
     artefacts: list[Path] = []
     made: list[Study] = []
+    extensions: dict[str, studies.Extension] = {}
     refused = ""
     try:
         for exp, subject, group in studies.by_subject(views):
-            extension = studies.extension(exp, views)
+            if exp not in extensions:
+                of_all = [view for view in views if view.exp == exp]
+                whole = studies.extension(exp, views)
+                extensions[exp], general = studies.across_models(exp, of_all, whole)
+                made += [general] if general is not None else []
+            extension = extensions[exp]
             study = studies.study(exp, group, extension, subject=subject)
             made.append(study)
             if extension.artefacts is not None:

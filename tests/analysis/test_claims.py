@@ -57,6 +57,18 @@ def test_a_claim_of_stability_asks_for_500_steps_above_the_level() -> None:
     assert asked.estimand.summary == "stable(0.5)"
 
 
+def test_claims_about_models_share_neither_family_nor_precondition_with_others() -> None:
+    general = ATOM.replace("X1", "X2").replace("of: mean", "of: mean, unit: model")
+    with pytest.raises(ClaimError, match="X1: shares its family with X2, whose unit is a model"):
+        read(ATOM + general)
+    apart = general.replace("family: x", "family: y")
+    assert [c.min_seeds for c in read(ATOM + apart)] == [5, 5]
+    with pytest.raises(ClaimError, match="X2: names X1, but `unit: model` stands apart"):
+        read(ATOM + apart + "  requires: [X1]\n")
+    with pytest.raises(ClaimError, match="of: kappa does not fit unit: model; allowed: mean"):
+        read(apart.replace("of: mean", "of: kappa"))
+
+
 def test_a_folder_without_claims_has_none(tmp_path: Path) -> None:
     assert claims.load(tmp_path, "grokking") == []
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import allostasis
-from allostasis.analysis import claims, estimands, families
+from allostasis.analysis import claims, estimands, families, studies
 from allostasis.analysis.aggregate import Arm, IdenticalArmsError, arms
 from allostasis.analysis.claims import Claim
 from allostasis.analysis.curves import RunView
+from allostasis.analysis.summaries import final
 from allostasis.analysis.verdicts import Result, Verdict, conjunction, judge, rule
 from allostasis.analysis.wording import blocks
 from allostasis.core.records import read_runs
@@ -343,3 +344,61 @@ def test_the_report_says_stable_only_after_500_steps_above_the_bound(study: Path
         asked = claim(estimand=final, select=selects, bound=0.9, arms={"treatment": condition})
         (block,) = blocks(judge([asked], every), every)
         assert dict(block.lines)["dwell"].endswith(f" of 8 seeds; {word}")
+
+
+def models(root: Path, write_run: Writer, n: int) -> list[Arm]:
+    """Two seeds of each of several models, and one model again in another quantisation."""
+    for k in range(n):
+        for seed in (2 * k, 2 * k + 1):
+            facts = {"name": f"maker/model-{k}", "revision": None, "title": f"model-{k}"}
+            write_run(root, "high_wd", seed, config_hash=f"h{k}", model=facts)
+    again = {"name": "maker/model-0", "revision": None, "title": "model-0 (Q4_1)"}
+    write_run(root, "high_wd", 99, config_hash="quantised", model=again)
+    return arms_of(root)
+
+
+GENERAL = {"estimand": {"summary": "final", "of": "mean", "unit": "model"}}
+
+
+def test_a_claim_about_models_counts_models(tmp_path: Path, write_run: Writer) -> None:
+    every = models(tmp_path, write_run, 5)
+    asked = claim(**GENERAL)
+    (result,) = judge([asked], every)
+    assert result.treatment is not None
+    assert result.inference is not None
+    assert result.treatment.units == tuple(f"maker/model-{k}" for k in range(5))
+    arm = next(arm for arm in every if arm.hash == "h3")
+    curves = [run.curve("amplitude_param.published", split=None) for run in arm.runs]
+    assert result.treatment.values[3] == pytest.approx(np.mean([final(curve) for curve in curves]))
+    assert result.inference.n == 5
+    (block,) = blocks([result], every)
+    assert "5 models in high_wd, a unit is one model" in dict(block.lines)["units"]
+    # nothing froze the claim before these runs
+    assert result.verdict.reason == (
+        "CHANGED AFTER RUN: exploratory (supported as it stands now)"
+    )
+
+
+def test_four_models_say_nothing_about_models_in_general(
+    tmp_path: Path, write_run: Writer
+) -> None:
+    (result,) = judge([claim(**GENERAL)], models(tmp_path, write_run, 4))
+    assert result.verdict == Verdict("undecided", "4 of 5 models")
+
+
+def test_runs_that_train_their_own_model_say_nothing_about_pretrained_ones(study: Path) -> None:
+    (result,) = judge([claim(**GENERAL)], arms_of(study))
+    assert result.verdict.reason == "not run (no pretrained model has finished runs of it)"
+
+
+def test_claims_about_models_are_judged_in_a_study_of_their_own(
+    tmp_path: Path, write_run: Writer
+) -> None:
+    models(tmp_path, write_run, 3)
+    views = [RunView(record) for record in read_runs(tmp_path)]
+    asked = [claim(), claim(id="Y", family="y", **GENERAL)]
+    rest, general = studies.across_models("grokking", views, studies.Extension(tmp_path, asked))
+    assert [c.id for c in rest.claims] == ["X"]
+    assert general is not None
+    assert general.title == "grokking: all models"
+    assert [r.verdict.reason for r in general.results] == ["3 of 5 models"]

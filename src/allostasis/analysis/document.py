@@ -101,6 +101,10 @@ def _as_json(result: Result) -> dict[str, Any]:
     for role, sample in (("units", result.treatment), ("control_units", result.control)):
         if sample is not None and sample.unit == "cluster":
             content["clusters_of"] = list(sample.run_ids)
+        elif sample is not None and sample.unit == "model":
+            pairs = zip(sample.units, sample.values, strict=True)
+            content[role] = [{"model": model, "value": float(value)} for model, value in pairs]
+            content["models_of"] = list(sample.run_ids)
         elif sample is not None:
             content[role] = [
                 {"seed": seed, "run_id": run, "value": float(value), "censored": bool(late)}

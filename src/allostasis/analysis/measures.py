@@ -125,7 +125,7 @@ def infer(claim: Claim, treatment: Sample, control: Sample | None = None) -> Inf
         UndefinedError: The units do not define it; the message is the reason.
     """
     found = _infer(claim, treatment, control)
-    if treatment.unit == "seed" or found.untestable:
+    if treatment.unit != "cluster" or found.untestable:
         return found
     return replace(found, noted=lambda: found.beside | _over_templates(claim, treatment))
 

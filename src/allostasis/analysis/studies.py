@@ -9,7 +9,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -223,6 +223,29 @@ def study(exp: str, runs: Sequence[RunView], extension: Extension, *, subject: s
         question=extension.question,
         design=extension.design,
     )
+
+
+def across_models(
+    exp: str, runs: Sequence[RunView], extension: Extension
+) -> tuple[Extension, Study | None]:
+    """Judge an experiment's claims about models in general, on the runs of all models.
+
+    Args:
+        exp: The experiment.
+        runs: Its runs, of whatever models.
+        extension: What the experiment adds.
+
+    Returns:
+        The extension without these claims, for the studies of single models, and theirs, which has
+        no figures; None where there is no such claim.
+    """
+    general = claims_module.across_models(extension.claims)
+    if not general:
+        return extension, None
+    own = [claim for claim in extension.claims if claim.id in general]
+    others = [claim for claim in extension.claims if claim.id not in general]
+    bare = Extension(extension.folder, own, question=extension.question)
+    return replace(extension, claims=others), study(exp, runs, bare, subject="all models")
 
 
 def figures(every: Sequence[Arm], extension: Extension) -> list[Figure]:

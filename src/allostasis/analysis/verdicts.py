@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal
 
-from allostasis.analysis import clusters
+from allostasis.analysis import clusters, pretrained
 from allostasis.analysis import statistics as st
 from allostasis.analysis.aggregate import (
     Arm,
@@ -20,7 +20,7 @@ from allostasis.analysis.aggregate import (
     shown,
     summarise,
 )
-from allostasis.analysis.claims import Claim, by_construction, freeze
+from allostasis.analysis.claims import Claim, across_models, by_construction, freeze
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.estimands import Inference
 from allostasis.analysis.families import adjusted, family_sizes, seeds_needed, units_of
@@ -150,7 +150,9 @@ def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
         check_distinct(left, right)
     hashes = freeze(list(claims))["hashes"]
     measured = {c.id: _measure(c, arms, hashes[c.id]) for c in claims if not c.all_of}
-    return decide(claims, measured, hashes, gate=_gate(arms))
+    # of several models, those that do not do the task are left out one by one
+    gate = "" if across_models(claims) else _gate(arms)
+    return decide(claims, measured, hashes, gate=gate)
 
 
 def decide(
@@ -246,9 +248,13 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
     result = Result(claim, digest, Verdict("undecided", ""))
     unlike = ""
     try:
-        arm, unlike = shown(arms, claim.arms.treatment, claim.settings)
-        treatments, control, used = _units(claim, arm, arms), None, [arm]
-        if claim.arms.control is not None:
+        if claim.estimand is not None and claim.estimand.unit == "model":
+            treatment, control, used = pretrained.samples(claim, arms)
+            treatments = {"": treatment}
+        else:
+            arm, unlike = shown(arms, claim.arms.treatment, claim.settings)
+            treatments, control, used = _units(claim, arm, arms), None, [arm]
+        if claim.arms.control is not None and control is None:
             same_device = [other for other in arms if other.device == arm.device]
             other, also_unlike = shown(same_device, claim.arms.control, claim.settings)
             check_widths(claim, arm, other)

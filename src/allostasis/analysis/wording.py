@@ -18,7 +18,7 @@ from allostasis.analysis.verdicts import CHANGED, Result
 OF = {
     "mean": "mean over {units} of",
     "difference": "difference of means over {units} of",
-    "paired_difference": "mean difference, paired by seed, of",
+    "paired_difference": "mean difference, paired by {unit}, of",
     "log_ratio": "geometric mean over {units} of",
     "proportion": "share of {units} with",
     "unanimous": "share of {units} (all needed) with",
@@ -123,7 +123,8 @@ def claimed(claim: Claim) -> str:
         claim.direction or "", claim.direction
     )
     settings = ", ".join(f"{key}={value}" for key, value in claim.settings.items())
-    of, units = OF[estimand.of].format(units=units_of(claim)), units_of(claim)
+    units = units_of(claim)
+    of = OF[estimand.of].format(units=units, unit=estimand.unit)
     refuted = "" if claim.refuted_at is None else f", refuted beyond {number(claim.refuted_at)}"
     return (
         f"{of} {estimand.summary}{metric}{split} in {arms}: {where} {written}{refuted}"
@@ -228,6 +229,8 @@ def _dwell(result: Result) -> list[tuple[str, str]]:
 def _units(sample: Sample) -> str:
     if sample.unit == "cluster":
         return _clusters(sample)
+    if sample.unit == "model":
+        return _models(sample)
     n, censored = len(sample.units), int(sample.censored.sum())
     values = ", ".join(
         f"{seed}: {'> ' if late else ''}{number(value)}"
@@ -241,6 +244,17 @@ def _units(sample: Sample) -> str:
     text += f"; by seed {values}" if values else ""
     reasons = [f"seed {seed}: {reason}" for seed, reason in sample.undefined.items()]
     reasons += list(sample.arm.left_out.values())
+    return f"{text}; left out: {'; '.join(reasons)}" if reasons else text
+
+
+def _models(sample: Sample) -> str:
+    values = ", ".join(
+        f"{model}: {number(float(value))}"
+        for model, value in zip(sample.units, sample.values, strict=True)
+    )
+    text = f"{counted(len(sample.units), 'models')} in {sample.arm.condition}, a unit is one model "
+    text += f"(name and revision), all its runs averaged; by model {values}"
+    reasons = [f"{model}: {reason}" for model, reason in sample.undefined.items()]
     return f"{text}; left out: {'; '.join(reasons)}" if reasons else text
 
 
@@ -284,7 +298,7 @@ def doubts(result: Result, arms: Sequence[Arm]) -> list[str]:
     found += [text for _, text in _parametrisation(result)]
     left_out = {} if result.treatment is None else result.treatment.undefined
     if left_out:
-        found.append(f"{len(left_out)} seeds have no value")
+        found.append(f"{len(left_out)} {units_of(result.claim)} have no value")
     return found
 
 
