@@ -674,7 +674,9 @@ def test_log_rank_by_relabelling_equals_scipys_permutation_of_scipys_statistic(
 
     def z(left: np.ndarray, right: np.ndarray) -> float:
         arms = (
-            stats.CensoredData(uncensored=times[rows][~censored[rows]], right=times[rows][censored[rows]])
+            stats.CensoredData(
+                uncensored=times[rows][~censored[rows]], right=times[rows][censored[rows]]
+            )
             for rows in (left.astype(int), right.astype(int))
         )
         return float(stats.logrank(*arms).statistic)

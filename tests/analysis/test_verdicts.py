@@ -374,14 +374,10 @@ def test_a_claim_about_models_counts_models(tmp_path: Path, write_run: Writer) -
     (block,) = blocks([result], every)
     assert "5 models in high_wd, a unit is one model" in dict(block.lines)["units"]
     # nothing froze the claim before these runs
-    assert result.verdict.reason == (
-        "CHANGED AFTER RUN: exploratory (supported as it stands now)"
-    )
+    assert result.verdict.reason == ("CHANGED AFTER RUN: exploratory (supported as it stands now)")
 
 
-def test_four_models_say_nothing_about_models_in_general(
-    tmp_path: Path, write_run: Writer
-) -> None:
+def test_four_models_say_nothing_about_models_in_general(tmp_path: Path, write_run: Writer) -> None:
     (result,) = judge([claim(**GENERAL)], models(tmp_path, write_run, 4))
     assert result.verdict == Verdict("undecided", "4 of 5 models")
 
@@ -402,3 +398,24 @@ def test_claims_about_models_are_judged_in_a_study_of_their_own(
     assert general is not None
     assert general.title == "grokking: all models"
     assert [r.verdict.reason for r in general.results] == ["3 of 5 models"]
+
+
+def test_seeds_added_after_a_look_split_alpha_where_the_claim_allows_it(study: Path) -> None:
+    every = arms_of(study)
+    patient = claim(lookup=True)
+    assert patient.model_dump(exclude_none=True) == claim().model_dump(exclude_none=True) | {
+        "lookup": True
+    }
+    (first,) = judge([patient], every)
+    assert (first.looks, first.claim.alpha) == ((8,), 0.05)
+    (again,) = judge([patient], every, {"X": [5, 6, 8]})  # the same seeds twice are one look
+    assert (again.looks, again.claim.alpha) == ((5, 6, 8), pytest.approx(0.05 / 3))
+    assert again.hash == first.hash
+    assert again.interval is not None
+    assert again.interval.level == pytest.approx(1 - 0.05 / 3)
+    (block,) = blocks([again], every)
+    assert dict(block.lines)["looks"] == ("judged at 5, 6, 8 seeds: alpha is split over 3 looks")
+    (bare,) = judge([claim()], every, {"X": [5]})
+    assert bare.claim.alpha == 0.05
+    (block,) = blocks([bare], every)
+    assert "since the claim has no `lookup: true`" in dict(block.lines)["looks"]

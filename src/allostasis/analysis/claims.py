@@ -173,6 +173,8 @@ class Claim(Part):
             test of `inside` asks for a band and is answered by `supported`.
         alpha: Two-sided level; one-sided tests use half, each side of `inside` uses all.
         min_seeds: Fewer units than this decide nothing.
+        lookup: Whether seeds may be added after a look at the verdict; alpha is then split evenly
+            over the looks (Bonferroni). Never false, so that claims without it stay as they are.
         family: Claims that share one Holm correction.
         requires: Claims without whose support this one is undecided.
         settings: Config values, by dotted name, that the arms' runs must have.
@@ -200,6 +202,7 @@ class Claim(Part):
     test: Test | None = None
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     min_seeds: Annotated[int, Field(ge=2)] = 5
+    lookup: Literal[True] | None = None
     family: str
     requires: tuple[str, ...] = ()
     settings: dict[str, bool | int | float | str | None] = {}
@@ -463,7 +466,9 @@ def _cross_check(claims: list[Claim]) -> list[str]:
     across = across_models(claims)
     apart = {(claim.exp, claim.family): claim.id for claim in claims if claim.id in across}
     for claim in claims:
-        mixed = [n for n in (*claim.all_of, *claim.requires) if (n in across) != (claim.id in across)]
+        mixed = [
+            n for n in (*claim.all_of, *claim.requires) if (n in across) != (claim.id in across)
+        ]
         if mixed:
             problems.append(f"{claim.id}: names {', '.join(mixed)}, but `unit: model` stands apart")
         if claim.id not in across and (claim.exp, claim.family) in apart:
@@ -481,7 +486,7 @@ def _cross_check(claims: list[Claim]) -> list[str]:
 
 
 def across_models(claims: Sequence[Claim]) -> set[str]:
-    """Ids of the claims about models in general: atoms with `unit: model`, and compounds of them."""
+    """Ids of claims about models in general: atoms with `unit: model`, and compounds of them."""
     found: set[str] = set()
     for claim in claims:
         of_models = claim.estimand is not None and claim.estimand.unit == "model"

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
-from scipy import stats
 
 from allostasis.analysis import statistics as st
 from allostasis.analysis.curves import UndefinedError
@@ -286,7 +285,11 @@ def median_time(times: np.ndarray, censored: np.ndarray) -> Inference:
 
 
 def rmst(
-    arm: Times, bound: float, rng: np.random.Generator, *, control: Times | None = None,
+    arm: Times,
+    bound: float,
+    rng: np.random.Generator,
+    *,
+    control: Times | None = None,
     relabel: bool = False,
 ) -> Inference:
     """Restricted mean time to an event, up to the common end T, or its difference of two arms.
@@ -346,9 +349,7 @@ def _resampled_difference(
     return {"bootstrap over seeds": f"{_interval(interval)}; decides nothing"}
 
 
-def log_hazard_ratio(
-    left: Times, right: Times, rng: np.random.Generator
-) -> Inference:
+def log_hazard_ratio(left: Times, right: Times, rng: np.random.Generator) -> Inference:
     """Log hazard ratio of two arms by Peto's estimate; against 0 its test is the log-rank test.
 
     By relabelling (`relabelling.permuted_times`, with its error rate); the chi-square that is
@@ -367,7 +368,7 @@ def log_hazard_ratio(
         noted=lambda: {
             "log-rank": f"z {z:.2f}, two-sided p {test.two_sided():.3g} by relabelling; "
             f"{p:.3g} by chi-square, which decides nothing",
-            "medians": f"{medians[0]} and {medians[1]}; - where it was not reached",
+            "medians": f"{medians[0]} and {medians[1]}",
         },
     )  # fmt: skip
 

@@ -69,7 +69,11 @@ def seeds_needed(claim: Claim, family_size: int) -> int:
     test 1 / C(2 n, n) small enough; t tests need only `min_seeds`.
     """
     assert claim.estimand is not None
-    relabelled: dict[str, st.Design] = {"sign_flip": "sign_flip", "permutation": "unpaired", "log_rank": "unpaired"}
+    relabelled: dict[str, st.Design] = {
+        "sign_flip": "sign_flip",
+        "permutation": "unpaired",
+        "log_rank": "unpaired",
+    }
     if claim.test in relabelled:
         least = st.minimum_seeds(
             relabelled[claim.test], alpha=claim.alpha, family_size=family_size,

@@ -1,7 +1,7 @@
 """Pretrained models as units: one number a model, whatever the runs that looked at it.
 
-Averaging goes from the inside out: the prompts of a cluster, the clusters or seeds of a model. Every
-model weighs the same.
+Averaging goes from the inside out: the prompts of a cluster, the clusters or seeds of a model.
+Every model weighs the same.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ BATCH = 4_000_000  # numbers that a batch of random relabellings holds at once
 class Relabelled:
     """A test by relabelling of a mean, a difference of means or a hazard ratio, at any bound.
 
-    Error rate of means at a nominal 5 % under normal nulls, 4,000 data sets: 4.8 % for 7 signs (attainable:
-    4.69 %), 3.0 % for 4 against 4 (attainable: 2.86 %).
+    Error rate of means at a nominal 5 % under normal nulls, 4,000 data sets: 4.8 % for 7 signs
+    (attainable: 4.69 %), 3.0 % for 4 against 4 (attainable: 2.86 %).
 
     Attributes:
         typical: Sorted statistics of all relabellings but the units' own.

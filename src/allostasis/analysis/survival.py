@@ -65,7 +65,7 @@ class KaplanMeier:
         return float(areas.sum()), float(np.sqrt((left**2 * steps).sum()))
 
     def restricted_interval(self, until: float, *, level: float = 0.95) -> Interval:
-        """Log-log Greenwood interval of the restricted mean, as of a survival: its share of `until`.
+        """Log-log Greenwood interval of the restricted mean, as a share of `until` like a survival.
 
         share ** exp(± z se / (share log(share))), times `until`; always inside (0, `until`). With
         few runs it covers less than it says: of 8 exponential times, a fifth of them censored,
@@ -204,7 +204,8 @@ def log_rank_sums(
         is_left: Whether each belongs to the left arm; one row a labelling.
 
     Returns:
-        One a labelling: O - E, positive where events come sooner in the left arm, and its hypergeometric variance.
+        One a labelling: O - E, positive where events come sooner in the left arm, and its
+        hypergeometric variance.
     """
     steps = np.unique(times[~censored])
     at_risk = (times >= steps[:, None]).astype(float)  # [step, run]

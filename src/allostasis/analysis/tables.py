@@ -82,10 +82,10 @@ def survival_table(arms: Sequence[Arm], event: str) -> Table:
         ))
     note = (
         f"Intervals are 95 %. Those of the median and of the mean, restricted to T = "
-        f"{number(until)}, are log-log Greenwood's; that of a difference of restricted means is by a "
-        "bootstrap over seeds; that of a ratio of times, paired by seed and told only where nothing "
-        "is censored, by t on logarithms. Log-rank tests are two-sided, by relabelling, and not "
-        f"corrected; z > 0: sooner than {first.condition}."
+        f"{number(until)}, are log-log Greenwood's; that of a difference of restricted means is by "
+        "a bootstrap over seeds; that of a ratio of times, paired by seed and told only where "
+        "nothing is censored, by t on logarithms. Log-rank tests are two-sided, by relabelling, "
+        f"and not corrected; z > 0: sooner than {first.condition}."
     )
     heads = (
         "condition", "reached", "median", "95 %", "restricted mean",

@@ -100,6 +100,7 @@ def _lines(
     if claim.confounds:
         lines.append(("confounds", "; ".join(_confounds(claim, arms))))
     lines += _parametrisation(result)
+    lines += _looks(result)
     lines += _beside(result, by_id)
     lines.append(("claim sha256", result.hash))
     if result.changed:
@@ -313,6 +314,17 @@ def _parametrisation(result: Result) -> list[tuple[str, str]]:
         return []
     text = f"{metric} depends on parametrisation: models that compute the same can differ in it"
     return [("parametrisation", text)]
+
+
+def _looks(result: Result) -> list[tuple[str, str]]:
+    """At how many units earlier reports judged a claim, and what that costs it."""
+    if len(result.looks) < 2:
+        return []
+    told = f"judged at {', '.join(map(str, result.looks))} {units_of(result.claim)}: "
+    if result.claim.lookup:
+        return [("looks", f"{told}alpha is split over {len(result.looks)} looks")]
+    return [("looks", f"{told}allowed only where the number was fixed before the first look, "
+                      "since the claim has no `lookup: true`")]  # fmt: skip
 
 
 def _beside(result: Result, by_id: Mapping[str, Result]) -> list[tuple[str, str]]:
