@@ -419,3 +419,19 @@ def test_seeds_added_after_a_look_split_alpha_where_the_claim_allows_it(study: P
     assert bare.claim.alpha == 0.05
     (block,) = blocks([bare], every)
     assert "since the claim has no `lookup: true`" in dict(block.lines)["looks"]
+
+
+def test_the_end_of_a_run_is_never_taken_for_the_time_of_an_event(study: Path) -> None:
+    time = {"estimand": {"summary": "time_to(t_grok)", "of": "mean"}, "select": None}
+    for condition, reason in (("high_wd", "adjusted p"), ("no_wd", "8 times are censored")):
+        (result,) = judge([claim(**time, arms={"treatment": condition})], arms_of(study))
+        assert reason in result.verdict.reason or result.verdict.reason.startswith("CHANGED")
+        assert (result.inference is None) == (condition == "no_wd")
+    asked = claim(
+        estimand={"summary": "time_to(t_grok)", "of": "rmst"}, select=None,
+        arms={"treatment": "high_wd", "control": "no_wd"}, direction="less", test="permutation",
+    )  # fmt: skip
+    (result,) = judge([asked], arms_of(study))
+    assert result.inference is not None
+    assert result.inference.beside["restricted to"] == "20000"
+    assert result.p_support == pytest.approx(1 / 12_870)

@@ -15,6 +15,7 @@ from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.estimands import Inference, generator
 from allostasis.analysis.text import bracket, number
 
+OF_TIMES = ("median_time", "rmst", "log_hazard_ratio")  # which know what censored is
 MIN_TEMPLATES = 8  # with fewer, a bootstrap of templates is not worth its name
 
 
@@ -137,6 +138,12 @@ def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference
     if not len(values):
         reasons = "; ".join(f"seed {s}: {r}" for s, r in treatment.undefined.items())
         raise UndefinedError(reasons or "no finished run")
+    sides = [treatment] if control is None else [treatment, control]
+    late = sum(int(side.censored.sum()) for side in sides)
+    if late and claim.estimand.of not in OF_TIMES:  # the end of a run is no time of an event
+        allowed = ", ".join(OF_TIMES)
+        raise UndefinedError(f"{late} times are censored, which of: {claim.estimand.of} cannot "
+                             f"take; these can: {allowed}")  # fmt: skip
     match claim.estimand.of:
         case "proportion" | "unanimous" as share:
             return estimands.proportion(values, unanimous=share == "unanimous")

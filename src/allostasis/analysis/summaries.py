@@ -96,12 +96,12 @@ def at_step(curve: Curve, run: RunView, when: str) -> float:
     return curve.at(float(when) if when.isdigit() else run.at_event(when))
 
 
-def crossing(curve: Curve, run: RunView, level: str) -> float:
-    """First step at which the curve reaches a level, linear between records."""
+def crossing(curve: Curve, run: RunView, level: str) -> Time:
+    """First step at which the curve reaches a level, linear between records; else censored."""
     step = curve.rises_through(float(level))
     if step is None:
-        raise UndefinedError(f"{level} was not reached by step {run.last_step}")
-    return step
+        return Time(float(run.last_step), censored=True)
+    return Time(step, censored=False)
 
 
 def final_over(curve: Curve, run: RunView, when: str) -> float:
