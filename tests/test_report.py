@@ -18,7 +18,7 @@ import pytest
 from scipy import stats
 
 from allostasis import report
-from allostasis.analysis import canvas, studies
+from allostasis.analysis import canvas, document, studies
 from allostasis.analysis.aggregate import Arm, arms, one_a_condition
 from allostasis.analysis.claims import Claim
 from allostasis.analysis.curves import RunView, UndefinedError
@@ -50,6 +50,12 @@ def markdown_table(text: str, heading: str) -> list[dict[str, str]]:
     rows = takewhile(lambda line: line.startswith("|"), lines)
     heads, _, *body = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
     return [dict(zip(heads, row, strict=True)) for row in body]
+
+
+def test_a_report_remembers_at_how_many_units_it_judged(written: Path) -> None:
+    looks = document.earlier_looks([written.parent, written])["grokking"]
+    assert looks["C1.groks"] == [8]
+    assert "C4.muon" not in looks  # a compound, whose arm was not run
 
 
 # ---------------------------------------------------------------- figures

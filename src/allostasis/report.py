@@ -101,11 +101,19 @@ def _report(folder: Path, records: Sequence[RunRecord], *, allow_mixed: bool) ->
     views = [RunView(record) for record in records]
     artefacts: list[Path] = []
     made: list[Study] = []
+    extensions: dict[str, studies.Extension] = {}
     refused = ""
+    # a study's own folder, beside its runs, keeps the last report
+    looks = document.earlier_looks([folder.parent, folder / "report"])
     try:
         for exp, subject, group in studies.by_subject(views):
-            extension = studies.extension(exp, views)
-            study = studies.study(exp, group, extension, subject=subject)
+            if exp not in extensions:
+                of_all = [view for view in views if view.exp == exp]
+                whole = studies.extension(exp, views)
+                extensions[exp], general = studies.across_models(exp, of_all, whole, looks=looks)
+                made += [general] if general is not None else []
+            extension = extensions[exp]
+            study = studies.study(exp, group, extension, subject=subject, looks=looks)
             made.append(study)
             if extension.artefacts is not None:
                 own = [view.record for view in group]

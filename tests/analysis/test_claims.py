@@ -47,6 +47,28 @@ def test_the_grokking_claims_cover_the_source_and_say_where_they_come_from() -> 
     assert {claim.status for claim in loaded} == {"published", "corrected", "own"}
 
 
+def test_a_claim_of_stability_asks_for_500_steps_above_the_level() -> None:
+    said = ATOM.replace("it rises", "it rises and is stable there")
+    with pytest.raises(ClaimError, match="takes 500 steps above the level; ask `summary: stable"):
+        read(said)
+    (asked,) = read(said.replace("final, of: mean", "stable(0.5), of: proportion")
+                    .replace("test: t", "test: binomial"))  # fmt: skip
+    assert asked.estimand is not None
+    assert asked.estimand.summary == "stable(0.5)"
+
+
+def test_claims_about_models_share_neither_family_nor_precondition_with_others() -> None:
+    general = ATOM.replace("X1", "X2").replace("of: mean", "of: mean, unit: model")
+    with pytest.raises(ClaimError, match="X1: shares its family with X2, whose unit is a model"):
+        read(ATOM + general)
+    apart = general.replace("family: x", "family: y")
+    assert [c.min_seeds for c in read(ATOM + apart)] == [5, 5]
+    with pytest.raises(ClaimError, match="X2: names X1, but `unit: model` stands apart"):
+        read(ATOM + apart + "  requires: [X1]\n")
+    with pytest.raises(ClaimError, match="of: kappa does not fit unit: model; allowed: mean"):
+        read(apart.replace("of: mean", "of: kappa"))
+
+
 def test_a_folder_without_claims_has_none(tmp_path: Path) -> None:
     assert claims.load(tmp_path, "grokking") == []
 

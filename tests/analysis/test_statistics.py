@@ -295,6 +295,56 @@ def test_restricted_mean_is_the_area_under_the_curve() -> None:
     assert error == pytest.approx(times.std() / math.sqrt(3))
 
 
+def test_restricted_mean_of_censored_times_is_the_integral_of_statsmodels_curve() -> None:
+    times, censored = CENSORED
+    until = st.common_end((times, censored))
+    curve = sm.SurvfuncRight(times, ~censored)
+    grid = np.linspace(0, until, 200_001)
+    steps = np.concatenate([[1.0], curve.surv_prob])
+    heights = steps[np.searchsorted(curve.surv_times, grid[:-1], side="right")]
+    mean, error = st.kaplan_meier(times, censored).restricted_mean(until)
+    assert mean == pytest.approx(heights.mean() * until, rel=1e-4)
+    interval = st.kaplan_meier(times, censored).restricted_interval(until)
+    for end, side in ((interval.low, -1), (interval.high, 1)):  # by the delta method on log(-log)
+        share = mean / until
+        there = math.log(-math.log(end / until)) - math.log(-math.log(share))
+        slope = 1 / (share * math.log(share) * until)
+        assert there == pytest.approx(side * stats.norm.ppf(0.975) * error * slope, rel=1e-9)
+
+
+def test_rmst_is_the_mean_of_restricted_times_and_its_difference_scipys(
+    rng: np.random.Generator,
+) -> None:
+    left, right = rng.exponential([[2.0], [4.0]], (2, 6))
+    arms = [(np.minimum(x, 5.0), x > 5.0) for x in (left, right)]
+    until = st.common_end(*arms)
+    one, other = (np.minimum(times, until) for times, _ in arms)
+    alone = estimands.rmst(arms[1], 0.0, rng)
+    assert alone.estimate == pytest.approx(
+        st.kaplan_meier(*arms[1]).restricted_mean(st.common_end(arms[1]))[0]
+    )
+    assert "log-log Greenwood interval" in alone.beside
+    both = estimands.rmst(arms[0], 0.0, rng, control=arms[1], relabel=True)
+    theirs = stats.permutation_test(
+        (one, other), lambda x, y: x.mean() - y.mean(), alternative="less", n_resamples=np.inf
+    )
+    assert both.below(0.0) == pytest.approx(theirs.pvalue, rel=1e-10)
+    welch = estimands.rmst(arms[0], 0.0, rng, control=arms[1])
+    reference = stats.ttest_ind(one, other, equal_var=False)
+    found = welch.interval(0.95)
+    assert_allclose([found.low, found.high], reference.confidence_interval(0.95), rtol=1e-10)
+    assert welch.beside["restricted to"] == both.beside["restricted to"] == "5"
+    assert "decides nothing" in welch.beside["bootstrap over seeds"]
+
+
+def test_rmst_of_arms_that_never_get_there_is_undefined(rng: np.random.Generator) -> None:
+    times, all_of_them = np.full(6, 9.0), np.ones(6, dtype=bool)
+    with pytest.raises(UndefinedError, match="no run reached the event"):
+        estimands.rmst((times, all_of_them), 1.0, rng)
+    with pytest.raises(UndefinedError, match="no event before the end"):
+        st.kaplan_meier(times, all_of_them).restricted_interval(9.0)
+
+
 def test_log_rank_equals_statsmodels_chi_square() -> None:
     times, censored = CENSORED
     group = np.array([0, 0, 1, 0, 1, 1, 0, 1])
@@ -613,10 +663,76 @@ def test_log_hazard_ratio_over_its_error_is_the_log_rank_z() -> None:
     assert estimate / error == pytest.approx(st.log_rank(sides[0], sides[1])[0], rel=1e-10)
     mirrored, _ = st.log_hazard_ratio(sides[1], sides[0])
     assert mirrored == pytest.approx(-estimate)
-    inference = estimands.log_hazard_ratio(sides[0], sides[1])
-    assert 2 * min(inference.above(0.0), inference.below(0.0)) == pytest.approx(
-        st.log_rank(sides[0], sides[1])[1]
+
+
+def test_log_rank_by_relabelling_equals_scipys_permutation_of_scipys_statistic(
+    rng: np.random.Generator,
+) -> None:
+    times, censored = CENSORED
+    group = np.array([0, 0, 1, 0, 1, 1, 0, 1])
+    sides = [(times[group == g], censored[group == g]) for g in (0, 1)]
+
+    def z(left: np.ndarray, right: np.ndarray) -> float:
+        arms = (
+            stats.CensoredData(
+                uncensored=times[rows][~censored[rows]], right=times[rows][censored[rows]]
+            )
+            for rows in (left.astype(int), right.astype(int))
+        )
+        return float(stats.logrank(*arms).statistic)
+
+    rows = [np.flatnonzero(group == g).astype(float) for g in (0, 1)]
+    ours = st.permuted_times(sides[0], sides[1], rng)
+    for found, tail in ((ours.above(0.0), "greater"), (ours.below(0.0), "less")):
+        theirs = stats.permutation_test(
+            rows, z, permutation_type="independent", alternative=tail, n_resamples=np.inf
+        )
+        assert found == pytest.approx(theirs.pvalue, rel=1e-10)
+
+
+def test_log_rank_tests_by_many_labellings_agree_with_the_chi_square(
+    rng: np.random.Generator,
+) -> None:
+    times = rng.exponential(1.0, (2, 40)) * np.array([[1.0], [1.5]])
+    sides = [(np.minimum(t, 2.0), t > 2.0) for t in times]
+    drawn = st.permuted_times(sides[0], sides[1], rng)
+    assert drawn.labellings == 100_000
+    p = st.log_rank(sides[0], sides[1])[1]
+    assert drawn.two_sided() == pytest.approx(p, rel=0.1)
+    interval = drawn.interval(0.95)
+    estimate, error = st.log_hazard_ratio(sides[0], sides[1])
+    assert_allclose(
+        [interval.low, interval.high], estimate + np.array([-1.96, 1.96]) * error, atol=0.1 * error
     )
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_arms_that_are_wholly_apart_have_the_least_p_of_the_log_rank_test(
+    n: int, rng: np.random.Generator
+) -> None:
+    none = np.zeros(n, dtype=bool)
+    test = st.permuted_times((np.arange(1.0, n + 1), none), (np.arange(1.0, n + 1) + n, none), rng)
+    assert test.above(0.0) == pytest.approx(st.attainable_p("unpaired", n))
+    alone = np.full(n, 9.0)  # the other arm never gets there
+    test = st.permuted_times((np.arange(1.0, n + 1), none), (alone, ~none), rng)
+    assert test.above(0.0) == pytest.approx(st.attainable_p("unpaired", n))
+
+
+@pytest.mark.parametrize("level", [0.8, 0.9, 0.95])
+def test_the_interval_of_a_hazard_ratio_excludes_0_where_its_test_does(level: float) -> None:
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        times = np.ceil(rng.exponential(1.0, (2, 5)) * np.array([[4.0], [9.0]]))
+        sides = [(np.minimum(t, 8.0), t > 8.0) for t in times]
+        try:
+            test = st.permuted_times(sides[0], sides[1], rng)
+        except UndefinedError:
+            continue
+        interval = test.interval(level)
+        says = test.two_sided() < 1 - level - 1e-12
+        low = -np.inf if interval.low is None else interval.low
+        high = np.inf if interval.high is None else interval.high
+        assert says == (low > 0 or high < 0), seed
 
 
 def test_log_hazard_ratio_is_near_that_of_exponential_times(rng: np.random.Generator) -> None:

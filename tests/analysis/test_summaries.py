@@ -44,6 +44,18 @@ def test_final_is_the_mean_of_the_last_twentieth_whatever_the_cadence() -> None:
     assert summaries.final(slope) == pytest.approx(2.5)
 
 
+def test_a_curve_is_stable_after_500_steps_above_the_level_and_not_before() -> None:
+    steps = np.array([0, 400, 500, 700, 1000])
+    late = Curve(steps, np.array([1.0, 0.2, 1.0, 1.0, 1.0]))
+    assert summaries.dwell(late, "0.9") == 500
+    assert summaries.stable(late, "0.9") == 1
+    dips = Curve(steps, np.array([1.0, 1.0, 0.2, 1.0, 1.0]))
+    assert summaries.final(dips) == 1.0  # which says nothing of the dip
+    assert (summaries.dwell(dips, "0.9"), summaries.stable(dips, "0.9")) == (300, 0)
+    assert summaries.dwell(dips, "0.1") == 1000
+    assert summaries.dwell(dips, "1.1") == 0
+
+
 def test_area_and_peak() -> None:
     assert summaries.auc(LINE) == pytest.approx(50)
     assert summaries.peak(LINE) == 100

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import allostasis
-from allostasis.analysis import claims, estimands, families
+from allostasis.analysis import claims, estimands, families, studies
 from allostasis.analysis.aggregate import Arm, IdenticalArmsError, arms
 from allostasis.analysis.claims import Claim
 from allostasis.analysis.curves import RunView
+from allostasis.analysis.summaries import final
 from allostasis.analysis.verdicts import Result, Verdict, conjunction, judge, rule
+from allostasis.analysis.wording import blocks
 from allostasis.core.records import read_runs
 
 Writer = Callable[..., Path]
@@ -332,3 +334,104 @@ def test_warnings_before_a_sweep_name_the_claim_and_the_seeds() -> None:
     warnings = families.seed_warnings(registered(), 3)
     assert "C1.groks needs at least 8 seeds to be supported; there are 3" in warnings
     assert all("C4" in line for line in families.seed_warnings(registered(), 8))
+
+
+def test_the_report_says_stable_only_after_500_steps_above_the_bound(study: Path) -> None:
+    every = arms_of(study)
+    selects = {"metric": "accuracy"}
+    final = {"summary": "final", "of": "mean", "split": "test"}
+    for condition, word in (("high_wd", "stable"), ("no_wd", "not to be called stable")):
+        asked = claim(estimand=final, select=selects, bound=0.9, arms={"treatment": condition})
+        (block,) = blocks(judge([asked], every), every)
+        assert dict(block.lines)["dwell"].endswith(f" of 8 seeds; {word}")
+
+
+def models(root: Path, write_run: Writer, n: int) -> list[Arm]:
+    """Two seeds of each of several models, and one model again in another quantisation."""
+    for k in range(n):
+        for seed in (2 * k, 2 * k + 1):
+            facts = {"name": f"maker/model-{k}", "revision": None, "title": f"model-{k}"}
+            write_run(root, "high_wd", seed, config_hash=f"h{k}", model=facts)
+    again = {"name": "maker/model-0", "revision": None, "title": "model-0 (Q4_1)"}
+    write_run(root, "high_wd", 99, config_hash="quantised", model=again)
+    return arms_of(root)
+
+
+GENERAL = {"estimand": {"summary": "final", "of": "mean", "unit": "model"}}
+
+
+def test_a_claim_about_models_counts_models(tmp_path: Path, write_run: Writer) -> None:
+    every = models(tmp_path, write_run, 5)
+    asked = claim(**GENERAL)
+    (result,) = judge([asked], every)
+    assert result.treatment is not None
+    assert result.inference is not None
+    assert result.treatment.units == tuple(f"maker/model-{k}" for k in range(5))
+    arm = next(arm for arm in every if arm.hash == "h3")
+    curves = [run.curve("amplitude_param.published", split=None) for run in arm.runs]
+    assert result.treatment.values[3] == pytest.approx(np.mean([final(curve) for curve in curves]))
+    assert result.inference.n == 5
+    (block,) = blocks([result], every)
+    assert "5 models in high_wd, a unit is one model" in dict(block.lines)["units"]
+    # nothing froze the claim before these runs
+    assert result.verdict.reason == ("CHANGED AFTER RUN: exploratory (supported as it stands now)")
+
+
+def test_four_models_say_nothing_about_models_in_general(tmp_path: Path, write_run: Writer) -> None:
+    (result,) = judge([claim(**GENERAL)], models(tmp_path, write_run, 4))
+    assert result.verdict == Verdict("undecided", "4 of 5 models")
+
+
+def test_runs_that_train_their_own_model_say_nothing_about_pretrained_ones(study: Path) -> None:
+    (result,) = judge([claim(**GENERAL)], arms_of(study))
+    assert result.verdict.reason == "not run (no pretrained model has finished runs of it)"
+
+
+def test_claims_about_models_are_judged_in_a_study_of_their_own(
+    tmp_path: Path, write_run: Writer
+) -> None:
+    models(tmp_path, write_run, 3)
+    views = [RunView(record) for record in read_runs(tmp_path)]
+    asked = [claim(), claim(id="Y", family="y", **GENERAL)]
+    rest, general = studies.across_models("grokking", views, studies.Extension(tmp_path, asked))
+    assert [c.id for c in rest.claims] == ["X"]
+    assert general is not None
+    assert general.title == "grokking: all models"
+    assert [r.verdict.reason for r in general.results] == ["3 of 5 models"]
+
+
+def test_seeds_added_after_a_look_split_alpha_where_the_claim_allows_it(study: Path) -> None:
+    every = arms_of(study)
+    patient = claim(lookup=True)
+    assert patient.model_dump(exclude_none=True) == claim().model_dump(exclude_none=True) | {
+        "lookup": True
+    }
+    (first,) = judge([patient], every)
+    assert (first.looks, first.claim.alpha) == ((8,), 0.05)
+    (again,) = judge([patient], every, {"X": [5, 6, 8]})  # the same seeds twice are one look
+    assert (again.looks, again.claim.alpha) == ((5, 6, 8), pytest.approx(0.05 / 3))
+    assert again.hash == first.hash
+    assert again.interval is not None
+    assert again.interval.level == pytest.approx(1 - 0.05 / 3)
+    (block,) = blocks([again], every)
+    assert dict(block.lines)["looks"] == ("judged at 5, 6, 8 seeds: alpha is split over 3 looks")
+    (bare,) = judge([claim()], every, {"X": [5]})
+    assert bare.claim.alpha == 0.05
+    (block,) = blocks([bare], every)
+    assert "since the claim has no `lookup: true`" in dict(block.lines)["looks"]
+
+
+def test_the_end_of_a_run_is_never_taken_for_the_time_of_an_event(study: Path) -> None:
+    time = {"estimand": {"summary": "time_to(t_grok)", "of": "mean"}, "select": None}
+    for condition, reason in (("high_wd", "adjusted p"), ("no_wd", "8 times are censored")):
+        (result,) = judge([claim(**time, arms={"treatment": condition})], arms_of(study))
+        assert reason in result.verdict.reason or result.verdict.reason.startswith("CHANGED")
+        assert (result.inference is None) == (condition == "no_wd")
+    asked = claim(
+        estimand={"summary": "time_to(t_grok)", "of": "rmst"}, select=None,
+        arms={"treatment": "high_wd", "control": "no_wd"}, direction="less", test="permutation",
+    )  # fmt: skip
+    (result,) = judge([asked], arms_of(study))
+    assert result.inference is not None
+    assert result.inference.beside["restricted to"] == "20000"
+    assert result.p_support == pytest.approx(1 / 12_870)

@@ -196,17 +196,17 @@ def check_widths(claim: Claim, treatment: Arm, control: Arm) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One number a unit: a seed, or a cluster of prompts.
+    """One number a unit: a seed, a cluster of prompts, or a pretrained model.
 
     Attributes:
         arm: Where they come from.
-        units: Seeds, or names of clusters.
-        run_ids: The run of each seed; of clusters, which runs may share, all runs that were read.
+        units: Seeds, or names of clusters or models.
+        run_ids: The run of each seed; of clusters and models all runs that were read.
         values: One a unit; the numerator where the claim is about a ratio of sums.
         censored: Whether the value is a time that had not come to its event.
         denominators: Of a ratio of sums, else None.
         counts: Of shares of trials, how many each is of; None where values are no such shares.
-        undefined: Why a seed has no number, by seed.
+        undefined: Why a seed, or a model, has no number.
         unit: What the units are.
         n_prompts: Of clusters: how many prompts went in.
         n_left_out: Of clusters: how many prompts have no value.
@@ -218,8 +218,8 @@ class Sample:
     values: np.ndarray
     censored: np.ndarray
     denominators: np.ndarray | None = None
-    undefined: dict[int, str] = field(default_factory=dict)
-    unit: Literal["seed", "cluster"] = "seed"
+    undefined: dict[int | str, str] = field(default_factory=dict)
+    unit: Literal["seed", "cluster", "model"] = "seed"
     n_prompts: int = 0
     n_left_out: int = 0
     counts: np.ndarray | None = None
@@ -251,16 +251,11 @@ def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
     assert claim.estimand is not None
     summary = summaries.parse(claim.estimand.summary)
     found: dict[RunView, tuple[float, bool, float]] = {}
-    undefined: dict[int, str] = {}
+    undefined: dict[int | str, str] = {}
     counts: list[int | None] = []
     for run in arm.runs:
         try:
-            curve = None
-            if claim.select is not None:
-                select = claim.select.model_dump()
-                metric = str(select.pop("metric"))
-                index = {column: select[column] for column in ("layer", "head", "position")}
-                curve = run.curve(metric, split=claim.estimand.split, **index)
+            curve = selected(claim, run)
             own = [other for cell in cells for other in cell.runs if other.seed == run.seed]
             value = summary(run, curve, own)
         except UndefinedError as error:
@@ -285,6 +280,18 @@ def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
         undefined,
         counts=None if None in counts else np.array(counts, dtype=int),
     )
+
+
+def selected(claim: Claim, run: RunView) -> Curve | None:
+    """The curve of a run that a claim selects; None where it reads none.
+
+    Raises:
+        UndefinedError: The run recorded no such curve.
+    """
+    if claim.select is None or claim.select.metric is None or claim.estimand is None:
+        return None
+    index = {name: getattr(claim.select, name) for name in ("layer", "head", "position")}
+    return run.curve(claim.select.metric, split=claim.estimand.split, **index)
 
 
 def _trials(claim: Claim, curve: Curve | None) -> int | None:

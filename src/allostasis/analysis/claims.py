@@ -6,6 +6,8 @@ import difflib
 import hashlib
 import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -27,12 +29,14 @@ Direction = Literal["greater", "less", "inside", "outside"]
 Test = Literal["t", "tost", "binomial", "bootstrap", "log_rank", "sign_flip", "permutation"]
 Of = Literal[
     "mean", "difference", "paired_difference", "log_ratio", "proportion", "unanimous",
-    "median_time", "kappa", "ratio_of_sums", "log_ratio_of_sums", "hedges_g",
+    "median_time", "rmst", "kappa", "ratio_of_sums", "log_ratio_of_sums", "hedges_g",
     "geometric_ratio", "log_hazard_ratio",
 ]  # fmt: skip
 OF_CLUSTERS: tuple[Of, ...] = (
     "mean", "ratio_of_sums", "log_ratio_of_sums", "kappa", "geometric_ratio",
 )  # fmt: skip
+
+OF_MODELS: tuple[Of, ...] = ("mean", "paired_difference", "log_ratio")
 
 TESTS: dict[Of, tuple[Test, ...]] = {
     "mean": ("t", "tost", "sign_flip"),
@@ -42,6 +46,7 @@ TESTS: dict[Of, tuple[Test, ...]] = {
     "proportion": ("binomial",),
     "unanimous": ("binomial",),
     "median_time": ("binomial",),
+    "rmst": ("t", "permutation"),
     "kappa": ("t", "tost"),
     "ratio_of_sums": ("t", "tost"),
     "log_ratio_of_sums": ("t", "tost"),
@@ -71,14 +76,15 @@ class Estimand(Part):
         summary: One number a run, or a prompt, by a function of `analysis.summaries`.
         of: How the units' numbers become one. `log_ratio` with one arm takes the summary itself for
             the ratio. `unanimous` is a proportion that only all seeds together can support.
-        unit: What counts as one observation: a seed, which is one trained model, or a cluster of
-            prompts of the one pretrained model that was run.
+        unit: What counts as one observation: a seed, which is one trained model, a cluster of
+            prompts of the one pretrained model that was run, or a pretrained model, where the claim
+            is about models in general.
         split: Which data the metric was read on; weights have none.
     """
 
     summary: str
     of: Of
-    unit: Literal["seed", "cluster"] = "seed"
+    unit: Literal["seed", "cluster", "model"] = "seed"
     split: Literal["train", "test", "probe", "classes", "all"] | None = None
 
     @field_validator("summary")
@@ -167,6 +173,8 @@ class Claim(Part):
             test of `inside` asks for a band and is answered by `supported`.
         alpha: Two-sided level; one-sided tests use half, each side of `inside` uses all.
         min_seeds: Fewer units than this decide nothing.
+        lookup: Whether seeds may be added after a look at the verdict; alpha is then split evenly
+            over the looks (Bonferroni). Never false, so that claims without it stay as they are.
         family: Claims that share one Holm correction.
         requires: Claims without whose support this one is undecided.
         settings: Config values, by dotted name, that the arms' runs must have.
@@ -194,6 +202,7 @@ class Claim(Part):
     test: Test | None = None
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     min_seeds: Annotated[int, Field(ge=2)] = 5
+    lookup: Literal[True] | None = None
     family: str
     requires: tuple[str, ...] = ()
     settings: dict[str, bool | int | float | str | None] = {}
@@ -262,19 +271,28 @@ class Claim(Part):
             )
         if self.refuted_at is not None:
             self._check_refuted_at(self.refuted_at)
-        if (summaries.parse(estimand.summary).prompts is not None) != (estimand.unit == "cluster"):
+        if estimand.summary == "final" and re.search(r"\b(un)?stab(le|ly|ility)\b", self.text):
+            raise ValueError(
+                f"`final` does not say that a curve is stable: that takes {summaries.DWELL} steps "
+                "above the level; ask `summary: stable(LEVEL), of: proportion` beside it"
+            )
+        reads_prompts = summaries.parse(estimand.summary).prompts is not None
+        if estimand.unit == "model":
+            self._check_models(estimand, reads_prompts=reads_prompts)
+        elif reads_prompts != (estimand.unit == "cluster"):
             reads = "a run" if estimand.unit == "cluster" else "prompts"
             raise ValueError(
                 f"summary '{estimand.summary}' reads {reads}, which is not unit: {estimand.unit}"
             )
-        if estimand.unit == "cluster":
-            self._check_clusters(estimand)
+        if reads_prompts:
+            self._check_prompts(estimand)
             return
         selects = self.select is not None and self.select.metric is not None
         if summaries.parse(estimand.summary).reads_metric != selects:
             verb = "reads the run and takes no" if selects else "needs"
             raise ValueError(f"summary '{estimand.summary}' {verb} `select: {{metric: ...}}`")
         needs_control = estimand.of in {"difference", "paired_difference", "log_hazard_ratio"}
+        needs_control |= self.test == "permutation"
         if needs_control and self.arms is not None and self.arms.control is None:
             raise ValueError(f"of: {estimand.of} needs `arms: {{treatment: ..., control: ...}}`")
 
@@ -286,14 +304,22 @@ class Claim(Part):
         if side * (refuted_at - self.bound) < 0:
             raise ValueError(f"refuted_at {refuted_at} lies on the side that supports the claim")
 
-    def _check_clusters(self, estimand: Estimand) -> None:
-        if estimand.of not in OF_CLUSTERS:
+    def _check_models(self, estimand: Estimand, *, reads_prompts: bool) -> None:
+        if estimand.of not in OF_MODELS or (reads_prompts and estimand.of != "mean"):
+            allowed = "mean" if reads_prompts else ", ".join(OF_MODELS)
+            raise ValueError(f"of: {estimand.of} does not fit unit: model; allowed: {allowed}")
+        if reads_prompts and self.select is not None and self.select.depth == "late":
+            raise ValueError("unit: model takes a number as depth: late depths differ by model")
+
+    def _check_prompts(self, estimand: Estimand) -> None:
+        unit = estimand.unit
+        if unit == "cluster" and estimand.of not in OF_CLUSTERS:
             allowed = ", ".join(OF_CLUSTERS)
             raise ValueError(f"of: {estimand.of} does not fit unit: cluster; allowed: {allowed}")
         if self.arms is not None and self.arms.control is not None:
-            raise ValueError("unit: cluster takes one arm: its rows hold the clean run too")
+            raise ValueError(f"unit: {unit} takes one arm: its rows hold the clean run too")
         if self.select is None or (self.select.set is None and self.select.intervention is None):
-            raise ValueError("unit: cluster needs `select: {ablation: ..., set: ...}`")
+            raise ValueError(f"unit: {unit} needs `select: {{ablation: ..., set: ...}}`")
         reads_depths = summaries.parse(estimand.summary).prompts == "depths"
         if reads_depths != (self.select.depth is not None):
             verb = "needs" if reads_depths else "reads no depths and takes no"
@@ -437,6 +463,17 @@ def _cross_check(claims: list[Claim]) -> list[str]:
                 problems.append(f"{claim.id}: names '{name}', which is no claim of this file{hint}")
             elif name == claim.id:
                 problems.append(f"{claim.id}: names itself")
+    across = across_models(claims)
+    apart = {(claim.exp, claim.family): claim.id for claim in claims if claim.id in across}
+    for claim in claims:
+        mixed = [
+            n for n in (*claim.all_of, *claim.requires) if (n in across) != (claim.id in across)
+        ]
+        if mixed:
+            problems.append(f"{claim.id}: names {', '.join(mixed)}, but `unit: model` stands apart")
+        if claim.id not in across and (claim.exp, claim.family) in apart:
+            other = apart[claim.exp, claim.family]
+            problems.append(f"{claim.id}: shares its family with {other}, whose unit is a model")
     # one pass in file order must settle every claim
     for position, claim in enumerate(claims):
         later = set(ids[position + 1 :])
@@ -446,6 +483,16 @@ def _cross_check(claims: list[Claim]) -> list[str]:
             if name in later
         ]
     return problems
+
+
+def across_models(claims: Sequence[Claim]) -> set[str]:
+    """Ids of claims about models in general: atoms with `unit: model`, and compounds of them."""
+    found: set[str] = set()
+    for claim in claims:
+        of_models = claim.estimand is not None and claim.estimand.unit == "model"
+        if of_models or not found.isdisjoint(claim.all_of):
+            found.add(claim.id)
+    return found
 
 
 def freeze(claims: list[Claim]) -> Frozen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,23 @@ def write(title: str, studies: Sequence[Study], folder: Path) -> list[Path]:
     return written
 
 
+def earlier_looks(folders: Sequence[Path]) -> dict[str, dict[str, list[int]]]:
+    """Numbers of units at which earlier reports judged each claim, by study and claim.
+
+    Args:
+        folders: Where verdicts.json may lie.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for path in (folder / "verdicts.json" for folder in folders):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for study, results in content.items():
+            for result in results:
+                looks = result.get("looks") or [n for n in [result.get("n")] if n]
+                if looks:
+                    found.setdefault(study, {}).setdefault(result["id"], []).extend(looks)
+    return found
+
+
 def _as_json(result: Result) -> dict[str, Any]:
     """A result with everything that its verdict came from."""
     claim, inference = result.claim, result.inference
@@ -98,9 +116,15 @@ def _as_json(result: Result) -> dict[str, Any]:
             "level_support_adjusted": result.q_support,
             "level_refute_adjusted": result.q_refute,
         }
+    if len(result.looks) > 1:
+        content["looks"] = list(result.looks)
     for role, sample in (("units", result.treatment), ("control_units", result.control)):
         if sample is not None and sample.unit == "cluster":
             content["clusters_of"] = list(sample.run_ids)
+        elif sample is not None and sample.unit == "model":
+            pairs = zip(sample.units, sample.values, strict=True)
+            content[role] = [{"model": model, "value": float(value)} for model, value in pairs]
+            content["models_of"] = list(sample.run_ids)
         elif sample is not None:
             content[role] = [
                 {"seed": seed, "run_id": run, "value": float(value), "censored": bool(late)}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
-from scipy import stats
 
 from allostasis.analysis import statistics as st
 from allostasis.analysis.curves import UndefinedError
@@ -21,6 +20,9 @@ RATIO_BOOTSTRAP_FROM = 100
 FLIPS_DRAWN_FROM = 20  # units: 2 ** 20 sign flips are more than are enumerated
 LEAST_FOR_BCA = 3
 LEAST_FOR_IQM = 4
+
+Times = tuple[np.ndarray, np.ndarray]
+"""Times, and whether each is censored."""
 
 
 @dataclass(frozen=True)
@@ -282,29 +284,91 @@ def median_time(times: np.ndarray, censored: np.ndarray) -> Inference:
     )  # fmt: skip
 
 
-def log_hazard_ratio(
-    left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
+def rmst(
+    arm: Times,
+    bound: float,
+    rng: np.random.Generator,
+    *,
+    control: Times | None = None,
+    relabel: bool = False,
 ) -> Inference:
+    """Restricted mean time to an event, up to the common end T, or its difference of two arms.
+
+    The integral of the survival from 0 to T. No run ends without the event before T, so that it is
+    the mean over runs of the lesser of time and T, and is tested as a mean is: by t below 50 runs,
+    by Welch's t or by relabelling where there are two arms. The Greenwood interval, and that of a
+    difference by a bootstrap over seeds, stand beside: of 8 runs they cover 91 % and 90 %, t 94 %.
+
+    Error rates at a nominal 5 %, 8 exponential times an arm, a fifth of them censored, 4,000 data
+    sets: t 5.8 %, Welch's t 5.1 %, relabelling 5.0 %.
+
+    Args:
+        arm: Times and whether each is censored.
+        bound: From which the effect size is told.
+        rng: Where randomness comes from.
+        control: Of the other arm.
+        relabel: Test by permuting the runs' labels.
+
+    Raises:
+        UndefinedError: No run reached the event.
+    """
+    arms = [arm] if control is None else [arm, control]
+    if all(censored.all() for _, censored in arms):
+        raise UndefinedError("no run reached the event")
+    until = st.common_end(*arms)
+    own = rng.spawn(1)[0]
+    values, *others = (np.minimum(times, until) for times, _ in arms)
+    if others:
+        found = difference(values, others[0], rng, relabel=relabel)
+        more = partial(_resampled_difference, values, others[0], own)
+    else:
+        found = mean(values, bound, rng)
+        more = partial(_greenwood, arm, until)
+
+    def noted() -> dict[str, str]:
+        return {"restricted to": number(until)} | more() | found.beside
+
+    return replace(found, noted=noted)
+
+
+def _greenwood(arm: Times, until: float) -> dict[str, str]:
+    try:
+        interval = st.kaplan_meier(*arm).restricted_interval(until)
+    except UndefinedError as undefined:
+        return {"log-log Greenwood interval": str(undefined)}
+    return {f"{interval.method} interval": f"{_interval(interval)}; decides nothing"}
+
+
+def _resampled_difference(
+    left: np.ndarray, right: np.ndarray, rng: np.random.Generator
+) -> dict[str, str]:
+    try:
+        interval = st.resampled_difference(left, right, rng)
+    except UndefinedError as undefined:
+        return {"bootstrap over seeds": str(undefined)}
+    return {"bootstrap over seeds": f"{_interval(interval)}; decides nothing"}
+
+
+def log_hazard_ratio(left: Times, right: Times, rng: np.random.Generator) -> Inference:
     """Log hazard ratio of two arms by Peto's estimate; against 0 its test is the log-rank test.
 
-    Its normal approximation is eager with few units: at a nominal 5 %, 8 an arm, a fifth of them
-    censored, 6.6 % of 4,000 data sets without a difference were decided.
+    By relabelling (`relabelling.permuted_times`, with its error rate); the chi-square that is
+    printed beside is eager with few units: at a nominal 5 %, 8 an arm, a fifth of them censored,
+    6.6 % of 4,000 data sets without a difference were decided by it.
+
+    Raises:
+        UndefinedError: No run of either arm reached the event, or nothing is left to compare.
     """
-    estimate, error = st.log_hazard_ratio(left, right)
     z, p = st.log_rank(left, right)
+    estimate, _ = st.log_hazard_ratio(left, right)
+    test = st.permuted_times(left, right, rng)
     medians = [number(st.kaplan_meier(*side).median) for side in (left, right)]
-
-    def interval(level: float) -> Interval:
-        reach = float(stats.norm.ppf((1 + level) / 2)) * error
-        return Interval(estimate - reach, estimate + reach, level, "Peto")
-
     return Inference(
-        estimate, min(len(left[0]), len(right[0])), interval,
-        lambda b: float(stats.norm.sf((estimate - b) / error)),
-        lambda b: float(stats.norm.cdf((estimate - b) / error)),
+        estimate, min(len(left[0]), len(right[0])), test.interval, test.above, test.below,
         noted=lambda: {
-            "log-rank": f"z {z:.2f}, two-sided p {p:.3g}",
-            "medians": f"{medians[0]} and {medians[1]}; - where it was not reached",
+            "log-rank": f"z {z:.2f}, two-sided p {test.two_sided():.3g} by relabelling; "
+            f"{p:.3g} by chi-square, which decides nothing",
+            "medians": f"{medians[0]} and {medians[1]}",
         },
     )  # fmt: skip
 

@@ -65,11 +65,15 @@ def units_of(claim: Claim) -> str:
 def seeds_needed(claim: Claim, family_size: int) -> int:
     """Least units with which an atom's test can support it at its level in its family.
 
-    A share needs bound ** n, a median and flipped signs 1/2 ** n, a permutation 1 / C(2 n, n) small
-    enough; t tests need only `min_seeds`.
+    A share needs bound ** n, a median and flipped signs 1/2 ** n, a permutation and the log-rank
+    test 1 / C(2 n, n) small enough; t tests need only `min_seeds`.
     """
     assert claim.estimand is not None
-    relabelled: dict[str, st.Design] = {"sign_flip": "sign_flip", "permutation": "unpaired"}
+    relabelled: dict[str, st.Design] = {
+        "sign_flip": "sign_flip",
+        "permutation": "unpaired",
+        "log_rank": "unpaired",
+    }
     if claim.test in relabelled:
         least = st.minimum_seeds(
             relabelled[claim.test], alpha=claim.alpha, family_size=family_size,

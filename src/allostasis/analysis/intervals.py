@@ -61,8 +61,19 @@ def welch_interval(left: np.ndarray, right: np.ndarray, *, level: float = 0.95) 
         Welch (1947), The generalization of Student's problem, Biometrika 34.
     """
     _check_spread(np.concatenate([left - left.mean(), right - right.mean()]))
-    limits = stats.ttest_ind(left, right, equal_var=False).confidence_interval(level)
-    return Interval(float(limits.low), float(limits.high), level, "Welch t")
+    difference, error, df = welch(left, right)
+    half = float(stats.t.ppf((1 + level) / 2, df)) * error
+    return Interval(difference - half, difference + half, level, "Welch t")
+
+
+def welch(left: np.ndarray, right: np.ndarray) -> tuple[float, float, float]:
+    """Difference of two means, its standard error, and Welch and Satterthwaite's freedom.
+
+    Not ttest_ind's: it warns of an arm whose units are equal, such as one that is all censored.
+    """
+    parts = [float(side.var(ddof=1)) / len(side) for side in (left, right)]
+    freedom = sum(v**2 / (len(side) - 1) for v, side in zip(parts, (left, right), strict=True))
+    return float(left.mean() - right.mean()), sum(parts) ** 0.5, sum(parts) ** 2 / freedom
 
 
 def clopper_pearson(count: int, n: int, *, level: float = 0.95) -> Interval:

@@ -15,6 +15,7 @@ from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.estimands import Inference, generator
 from allostasis.analysis.text import bracket, number
 
+OF_TIMES = ("median_time", "rmst", "log_hazard_ratio")  # which know what censored is
 MIN_TEMPLATES = 8  # with fewer, a bootstrap of templates is not worth its name
 
 
@@ -125,7 +126,7 @@ def infer(claim: Claim, treatment: Sample, control: Sample | None = None) -> Inf
         UndefinedError: The units do not define it; the message is the reason.
     """
     found = _infer(claim, treatment, control)
-    if treatment.unit == "seed" or found.untestable:
+    if treatment.unit != "cluster" or found.untestable:
         return found
     return replace(found, noted=lambda: found.beside | _over_templates(claim, treatment))
 
@@ -137,15 +138,25 @@ def _infer(claim: Claim, treatment: Sample, control: Sample | None) -> Inference
     if not len(values):
         reasons = "; ".join(f"seed {s}: {r}" for s, r in treatment.undefined.items())
         raise UndefinedError(reasons or "no finished run")
+    sides = [treatment] if control is None else [treatment, control]
+    late = sum(int(side.censored.sum()) for side in sides)
+    if late and claim.estimand.of not in OF_TIMES:  # the end of a run is no time of an event
+        allowed = ", ".join(OF_TIMES)
+        raise UndefinedError(f"{late} times are censored, which of: {claim.estimand.of} cannot "
+                             f"take; these can: {allowed}")  # fmt: skip
     match claim.estimand.of:
         case "proportion" | "unanimous" as share:
             return estimands.proportion(values, unanimous=share == "unanimous")
         case "median_time":
             return estimands.median_time(values, treatment.censored)
+        case "rmst":
+            times, relabel = (values, treatment.censored), claim.test == "permutation"
+            others = None if control is None else (control.values, control.censored)
+            return estimands.rmst(times, middle(claim), rng, control=others, relabel=relabel)
         case "log_hazard_ratio":
             assert control is not None
             return estimands.log_hazard_ratio(
-                (values, treatment.censored), (control.values, control.censored)
+                (values, treatment.censored), (control.values, control.censored), rng
             )
         case "kappa":
             assert below is not None

@@ -37,24 +37,32 @@ from allostasis.analysis.power import (
     power,
     seeds_for_power,
 )
-from allostasis.analysis.relabelling import flipped_signs, max_t, permuted_labels
+from allostasis.analysis.relabelling import flipped_signs, max_t, permuted_labels, permuted_times
 from allostasis.analysis.resampling import (
     Bootstrap,
     RatioBootstrap,
     iqm,
     iqm_interval,
     nested_interval,
+    resampled_difference,
 )
 from allostasis.analysis.surrogates import circular_shift_p, phase_randomised_p, rank_correlation
-from allostasis.analysis.survival import KaplanMeier, kaplan_meier, log_hazard_ratio, log_rank
+from allostasis.analysis.survival import (
+    KaplanMeier,
+    common_end,
+    kaplan_meier,
+    log_hazard_ratio,
+    log_rank,
+)
 
 __all__ = [
     "Bootstrap", "Design", "Effect", "Interval", "KaplanMeier", "RatioBootstrap", "attainable_p",
-    "binomial_above", "circular_shift_p", "clopper_pearson", "exact_power", "fieller",
+    "binomial_above", "circular_shift_p", "clopper_pearson", "common_end", "exact_power", "fieller",
     "flipped_signs", "hedges_g", "holm", "iqm", "iqm_interval",
     "kaplan_meier", "log_hazard_ratio", "log_rank", "max_t", "median_above", "median_below",
     "median_interval", "minimum_seeds",
     "nested_interval", "noncentral_above", "one_sample_effect", "permutation", "permuted_labels",
-    "phase_randomised_p", "power", "rank_correlation", "ratio_above", "seeds_for_power",
+    "permuted_times",    "phase_randomised_p", "power", "rank_correlation", "ratio_above",
+    "resampled_difference", "seeds_for_power",
     "sign_flip", "t_above", "t_interval", "unbiasing", "welch_above", "welch_interval",
 ]  # fmt: skip

@@ -8,8 +8,8 @@ import importlib.util
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -31,6 +31,7 @@ from allostasis.core.records import RunRecord
 
 EXPERIMENTS = "allostasis.experiments."
 WORDS: tuple[Word, ...] = get_args(Word)
+Looks = Mapping[str, Mapping[str, Sequence[int]]]
 ALWAYS_COUNTED = 4  # of WORDS; a verdict that counts as nothing is told where there is one
 
 
@@ -182,7 +183,14 @@ def anchor(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def study(exp: str, runs: Sequence[RunView], extension: Extension, *, subject: str = "") -> Study:
+def study(
+    exp: str,
+    runs: Sequence[RunView],
+    extension: Extension,
+    *,
+    subject: str = "",
+    looks: Looks | None = None,
+) -> Study:
     """Judge an experiment's claims on its runs and draw its figures.
 
     Args:
@@ -190,9 +198,10 @@ def study(exp: str, runs: Sequence[RunView], extension: Extension, *, subject: s
         runs: Its runs; of one model, where the model is not trained.
         extension: What the experiment adds.
         subject: That model.
+        looks: Numbers of units at which earlier reports judged each claim, by study's title.
     """
     every = arms(runs)
-    results = judge(extension.claims, every)
+    results = judge(extension.claims, every, (looks or {}).get(title(exp, subject)))
     there = one_a_condition(every)
     tables: list[Table] = []
     if there:
@@ -222,6 +231,32 @@ def study(exp: str, runs: Sequence[RunView], extension: Extension, *, subject: s
         subject=subject,
         question=extension.question,
         design=extension.design,
+    )
+
+
+def across_models(
+    exp: str, runs: Sequence[RunView], extension: Extension, *, looks: Looks | None = None
+) -> tuple[Extension, Study | None]:
+    """Judge an experiment's claims about models in general, on the runs of all models.
+
+    Args:
+        exp: The experiment.
+        runs: Its runs, of whatever models.
+        extension: What the experiment adds.
+        looks: As for `study`.
+
+    Returns:
+        The extension without these claims, for the studies of single models, and theirs, which has
+        no figures; None where there is no such claim.
+    """
+    general = claims_module.across_models(extension.claims)
+    if not general:
+        return extension, None
+    own = [claim for claim in extension.claims if claim.id in general]
+    others = [claim for claim in extension.claims if claim.id not in general]
+    bare = Extension(extension.folder, own, question=extension.question)
+    return replace(extension, claims=others), study(
+        exp, runs, bare, subject="all models", looks=looks
     )
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FINAL_SHARE = 0.05  # of the steps, at the end
+DWELL = 500  # steps above a level before a curve may be called stable
 MIN_CELLS = 6  # of a factorial, with the event, for a line through them
 # parameters that the records fill; a claim's words fill the others
 READ = ("curve", "run", "cells", *TABLES)
@@ -56,6 +57,21 @@ def end(curve: Curve) -> float:
     return float(curve.values[-1])
 
 
+def dwell(curve: Curve, level: str) -> float:
+    """Steps at the end of the run over which no recorded value is below a level; 0: the last is."""
+    below = np.flatnonzero(curve.values < float(level))
+    begin = 0 if not len(below) else below[-1] + 1
+    return float(curve.steps[-1] - curve.steps[begin]) if begin < len(curve.steps) else 0.0
+
+
+def stable(curve: Curve, level: str) -> float:
+    """1 where no recorded value of the last 500 steps or more is below a level, else 0.
+
+    A mean over the end does not say so: `final` may lie above a level that the curve falls below.
+    """
+    return float(dwell(curve, level) >= DWELL)
+
+
 def at_accuracy(curve: Curve, run: RunView, level: str) -> float:
     """Value where the run's held-out accuracy first reaches a level, linear between records."""
     accuracy = run.curve("accuracy", split="test")
@@ -80,12 +96,12 @@ def at_step(curve: Curve, run: RunView, when: str) -> float:
     return curve.at(float(when) if when.isdigit() else run.at_event(when))
 
 
-def crossing(curve: Curve, run: RunView, level: str) -> float:
-    """First step at which the curve reaches a level, linear between records."""
+def crossing(curve: Curve, run: RunView, level: str) -> Time:
+    """First step at which the curve reaches a level, linear between records; else censored."""
     step = curve.rises_through(float(level))
     if step is None:
-        raise UndefinedError(f"{level} was not reached by step {run.last_step}")
-    return step
+        return Time(float(run.last_step), censored=True)
+    return Time(step, censored=False)
 
 
 def final_over(curve: Curve, run: RunView, when: str) -> float:

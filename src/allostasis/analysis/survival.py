@@ -64,6 +64,43 @@ class KaplanMeier:
         steps = np.diff(np.concatenate([[0.0], self.variance[early]]))
         return float(areas.sum()), float(np.sqrt((left**2 * steps).sum()))
 
+    def restricted_interval(self, until: float, *, level: float = 0.95) -> Interval:
+        """Log-log Greenwood interval of the restricted mean, as a share of `until` like a survival.
+
+        share ** exp(± z se / (share log(share))), times `until`; always inside (0, `until`). With
+        few runs it covers less than it says: of 8 exponential times, a fifth of them censored,
+        91 %, of 20 94 % (4,000 data sets).
+
+        Raises:
+            UndefinedError: No run had the event before `until`, or all had it at once.
+        """
+        mean, error = self.restricted_mean(until)
+        if error == 0:
+            raise UndefinedError("no interval: no event before the end, or all at once")
+        share = mean / until
+        spread = stats.norm.ppf((1 + level) / 2) * error / until / (share * abs(np.log(share)))
+        low, high = until * share ** np.exp(spread), until * share ** np.exp(-spread)
+        return Interval(float(low), float(high), level, "log-log Greenwood")
+
+
+def common_end(*arms: tuple[np.ndarray, np.ndarray]) -> float:
+    """The time T to which the restricted means of all arms are known.
+
+    The earliest end of a run without the event; the last event where every run has it, and the
+    restricted means are plain ones.
+
+    Args:
+        arms: Times and whether each is censored, of each arm.
+
+    Example:
+        >>> soon = np.array([2.0, 3.0]), np.array([False, False])
+        >>> late = np.array([5.0, 9.0]), np.array([False, True])
+        >>> common_end(soon, late), common_end(soon)
+        (9.0, 3.0)
+    """
+    times, censored = (np.concatenate(both) for both in zip(*arms, strict=True))
+    return float(times[censored].min() if censored.any() else times.max())
+
 
 def _first(times: np.ndarray, holds: np.ndarray) -> float | None:
     return float(times[holds.argmax()]) if holds.any() else None
@@ -148,18 +185,34 @@ def log_hazard_ratio(
         Yusuf et al. (1985), Beta blockade during and after myocardial infarction, Prog. Cardiovasc.
         Dis. 27.
     """
-    times = np.concatenate([left[0], right[0]])
-    is_event = ~np.concatenate([left[1], right[1]])
+    times, censored = (np.concatenate(both) for both in zip(left, right, strict=True))
     is_left = np.arange(len(times)) < len(left[0])
-    excess = variance = 0.0
-    for time in np.unique(times[is_event]):
-        at_risk = times >= time
-        n, n_left = int(at_risk.sum()), int((at_risk & is_left).sum())
-        here = (times == time) & is_event
-        d = int(here.sum())
-        excess += int((here & is_left).sum()) - d * n_left / n
-        if n > 1:
-            variance += d * (n_left / n) * (1 - n_left / n) * (n - d) / (n - 1)
+    (excess,), (variance,) = log_rank_sums(times, censored, is_left[None])
     if variance <= 0:
         raise UndefinedError("no event came while runs of both arms were without it")
     return float(excess / variance), float(1 / np.sqrt(variance))
+
+
+def log_rank_sums(
+    times: np.ndarray, censored: np.ndarray, is_left: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """O - E and V of the log-rank test, of each of several labellings of the runs.
+
+    Args:
+        times: Of all runs of both arms.
+        censored: Whether each is.
+        is_left: Whether each belongs to the left arm; one row a labelling.
+
+    Returns:
+        One a labelling: O - E, positive where events come sooner in the left arm, and its
+        hypergeometric variance.
+    """
+    steps = np.unique(times[~censored])
+    at_risk = (times >= steps[:, None]).astype(float)  # [step, run]
+    happens = ((times == steps[:, None]) & ~censored).astype(float)
+    n, d = at_risk.sum(axis=1), happens.sum(axis=1)
+    scores = (happens - at_risk * (d / n)[:, None]).sum(axis=0)  # a run's part of O - E
+    weights = d * (n - d) / (n**2 * np.maximum(n - 1, 1))
+    member = is_left.astype(float)
+    n_left = member @ at_risk.T
+    return member @ scores, (n_left * (n - n_left)) @ weights

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from allostasis.analysis import statistics as st
 from allostasis.analysis.aggregate import Arm
 from allostasis.analysis.curves import UndefinedError
+from allostasis.analysis.estimands import generator
 from allostasis.analysis.summaries import final
+from allostasis.analysis.suppressors import exponential
 from allostasis.analysis.text import bracket, number
 
 Times = tuple[np.ndarray, np.ndarray]
@@ -52,40 +55,86 @@ def event_table(arms: Sequence[Arm], events: Sequence[str]) -> Table:
 
 
 def survival_table(arms: Sequence[Arm], event: str) -> Table:
-    """Kaplan-Meier median, restricted mean to the common end, log-rank against the first arm."""
+    """Kaplan-Meier median and mean restricted to the common end; each arm against the first."""
     samples = {arm.condition: arm.times_to(event) for arm in arms}
-    until = min(times.max() for times, _ in samples.values())
-    first = next(iter(samples))
+    until = st.common_end(*samples.values())
+    first = arms[0]
     rows = []
-    for condition, (times, censored) in samples.items():
+    for arm in arms:
+        times, censored = samples[arm.condition]
         curve = st.kaplan_meier(times, censored)
-        mean, error = curve.restricted_mean(until)
-        test = "" if condition == first else _log_rank(samples[condition], samples[first])
+        rng = generator(f"{event}: {arm.condition} against {first.condition}")
+        mean, _ = curve.restricted_mean(until)
+        compared = [""] * 3
+        if arm is not first:
+            compared = [
+                _difference(samples[arm.condition], samples[first.condition], until, rng),
+                _ratio(arm, first, event),
+                _log_rank(samples[arm.condition], samples[first.condition], rng),
+            ]
         rows.append((
-            condition,
+            arm.condition,
             f"{int((~censored).sum())} of {len(times)}",
             number(curve.median),
             bracket(curve.median_interval()),
-            f"{number(mean)} ± {number(error)}",
-            test,
+            f"{number(mean)} {_greenwood(curve, until)}",
+            *compared,
         ))
     note = (
-        "The interval is log-log Greenwood's; ± is a standard error. Log-rank tests are two-sided "
-        f"and not corrected; z > 0: sooner than {first}."
+        f"Intervals are 95 %. Those of the median and of the mean, restricted to T = "
+        f"{number(until)}, are log-log Greenwood's; that of a difference of restricted means is by "
+        "a bootstrap over seeds; that of a ratio of times, paired by seed and told only where "
+        "nothing is censored, by t on logarithms. Log-rank tests are two-sided, by relabelling, "
+        f"and not corrected; z > 0: sooner than {first.condition}."
     )
     heads = (
-        "condition", "reached", "median", "95 %", f"mean, restricted to {number(until)}",
-        f"log-rank against {first}",
+        "condition", "reached", "median", "95 %", "restricted mean",
+        f"minus {first.condition}", f"times {first.condition}", "log-rank",
     )  # fmt: skip
     return Table(f"Steps to {event}", heads, tuple(rows), note)
 
 
-def _log_rank(left: Times, right: Times) -> str:
+def _greenwood(curve: st.KaplanMeier, until: float) -> str:
     try:
-        z, p = st.log_rank(left, right)
+        return bracket(curve.restricted_interval(until))
+    except UndefinedError as undefined:
+        return f"({undefined})"
+
+
+def _difference(left: Times, right: Times, until: float, rng: np.random.Generator) -> str:
+    one, other = (np.minimum(times, until) for times, _ in (left, right))
+    told = number(float(one.mean() - other.mean()))
+    try:
+        return f"{told} {bracket(st.resampled_difference(one, other, rng))}"
+    except UndefinedError as undefined:
+        return f"{told} ({undefined})"
+
+
+def _ratio(arm: Arm, first: Arm, event: str) -> str:
+    """Geometric mean of the ratios of times of the seeds that both arms have."""
+    steps: list[dict[int, float]] = []
+    for one in (arm, first):
+        times, censored = one.times_to(event)
+        if censored.any():
+            return "censored"
+        steps.append(dict(zip(one.seeds, times, strict=True)))
+    ratios = np.array([steps[0][seed] / steps[1][seed] for seed in steps[0] if seed in steps[1]])
+    if not len(ratios):
+        return "no seed in both"
+    told = number(float(stats.gmean(ratios)))
+    try:
+        return f"{told} {bracket(exponential(st.t_interval(np.log(ratios))))}"
+    except UndefinedError as undefined:
+        return f"{told} ({undefined})"
+
+
+def _log_rank(left: Times, right: Times, rng: np.random.Generator) -> str:
+    try:
+        z, _ = st.log_rank(left, right)
+        test = st.permuted_times(left, right, rng)
     except UndefinedError as undefined:
         return str(undefined)
-    return f"z = {z:.2f}, p = {p:.3g}"
+    return f"z = {z:.2f}, p = {test.two_sided():.3g}"
 
 
 def exploratory(arms: Sequence[Arm]) -> Table:

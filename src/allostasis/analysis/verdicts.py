@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, Literal
 
-from allostasis.analysis import clusters
+from allostasis.analysis import clusters, pretrained
 from allostasis.analysis import statistics as st
 from allostasis.analysis.aggregate import (
     Arm,
@@ -20,7 +20,7 @@ from allostasis.analysis.aggregate import (
     shown,
     summarise,
 )
-from allostasis.analysis.claims import Claim, by_construction, freeze
+from allostasis.analysis.claims import Claim, across_models, by_construction, freeze
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.estimands import Inference
 from allostasis.analysis.families import adjusted, family_sizes, seeds_needed, units_of
@@ -33,6 +33,8 @@ CHANGED = "CHANGED AFTER RUN"
 UNLIKE = "not run at the registered settings"
 POSITIVE = ("supported", "equivalent")
 VACUOUS = "supported (vacuous)"
+UNPAIRED = ("difference", "hedges_g", "log_hazard_ratio", "rmst")
+"""Estimands of two arms whose seeds are not matched."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Result:
         seeds_needed: Least units with which the test can decide; None for a compound.
         seeds_for_power: Units for 0.8 power at the registered effect; None: no such effect.
         changed: Runs that froze this claim otherwise, or not at all.
+        looks: Numbers of units at which reports judged it, this one last.
         unlike: Registered settings that the runs do not have; then nothing can be decided.
         atoms: Results of a compound's atoms.
     """
@@ -91,6 +94,7 @@ class Result:
     seeds_needed: int | None = None
     seeds_for_power: int | None = None
     changed: tuple[str, ...] = ()
+    looks: tuple[int, ...] = ()
     unlike: str = ""
     atoms: tuple[Result, ...] = field(default=())
 
@@ -133,12 +137,15 @@ def rule(
     return Verdict("undecided", f"{both}, neither < {claim.alpha:g}{shown}")
 
 
-def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
+def judge(
+    claims: Sequence[Claim], arms: Sequence[Arm], looks: Mapping[str, Sequence[int]] | None = None
+) -> list[Result]:
     """Judge an experiment's claims on its arms.
 
     Args:
         claims: In file order: atoms and preconditions stand before those that name them.
         arms: Of one experiment.
+        looks: Numbers of units at which earlier reports judged a claim, by its id.
 
     Returns:
         One result a claim, in order.
@@ -149,8 +156,14 @@ def judge(claims: Sequence[Claim], arms: Sequence[Arm]) -> list[Result]:
     for left, right in combinations(one_a_condition(arms), 2):
         check_distinct(left, right)
     hashes = freeze(list(claims))["hashes"]
-    measured = {c.id: _measure(c, arms, hashes[c.id]) for c in claims if not c.all_of}
-    return decide(claims, measured, hashes, gate=_gate(arms))
+    measured = {
+        c.id: _measure(c, arms, hashes[c.id], (looks or {}).get(c.id, ()))
+        for c in claims
+        if not c.all_of
+    }
+    # of several models, those that do not do the task are left out one by one
+    gate = "" if across_models(claims) else _gate(arms)
+    return decide(claims, measured, hashes, gate=gate)
 
 
 def decide(
@@ -187,7 +200,7 @@ def decide(
                 measured[claim.id],
                 q_support=q_support.get(claim.id),
                 q_refute=q_refute.get(claim.id),
-                seeds_needed=seeds_needed(claim, sizes[claim.family]),
+                seeds_needed=seeds_needed(measured[claim.id].claim, sizes[claim.family]),
             )
             result = replace(result, verdict=_decide(result))
         result = replace(result, family_size=sizes[claim.family])
@@ -240,25 +253,27 @@ def _sample_of_prompts(result: Result) -> Sample | None:
     return next((sample for sample in found if sample is not None), None)
 
 
-def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
+def _measure(claim: Claim, arms: Sequence[Arm], digest: str, earlier: Sequence[int] = ()) -> Result:
     """Estimate and test an atom; where it is undefined, the verdict says why."""
     assert claim.arms is not None
     result = Result(claim, digest, Verdict("undecided", ""))
     unlike = ""
     try:
-        arm, unlike = shown(arms, claim.arms.treatment, claim.settings)
-        treatments, control, used = _units(claim, arm, arms), None, [arm]
-        if claim.arms.control is not None:
-            same_device = [other for other in arms if other.device == arm.device]
-            other, also_unlike = shown(same_device, claim.arms.control, claim.settings)
-            check_widths(claim, arm, other)
-            control, unlike = summarise(claim, other), unlike or also_unlike
-            used.append(other)
-            if claim.estimand is not None and claim.estimand.of not in {
-                "difference", "hedges_g", "log_hazard_ratio",
-            }:  # fmt: skip
-                treatment, control = pair(treatments[""], control)
-                treatments = {"": treatment}
+        if claim.estimand is not None and claim.estimand.unit == "model":
+            treatment, control, used = pretrained.samples(claim, arms)
+            treatments = {"": treatment}
+        else:
+            arm, unlike = shown(arms, claim.arms.treatment, claim.settings)
+            treatments, control, used = _units(claim, arm, arms), None, [arm]
+            if claim.arms.control is not None:
+                same_device = [other for other in arms if other.device == arm.device]
+                other, also_unlike = shown(same_device, claim.arms.control, claim.settings)
+                check_widths(claim, arm, other)
+                control, unlike = summarise(claim, other), unlike or also_unlike
+                used.append(other)
+                if claim.estimand is not None and claim.estimand.of not in UNPAIRED:
+                    treatment, control = pair(treatments[""], control)
+                    treatments = {"": treatment}
         changed = _changed(claim, digest, used)
         first = next(iter(treatments.values()))
         result = replace(result, treatment=first, control=control, changed=changed, unlike=unlike)
@@ -278,9 +293,14 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str) -> Result:
         reason = f"{UNLIKE}: {unlike}" if unlike else str(error)
         return replace(result, verdict=Verdict("undecided", reason))
     inference = measured.inference
+    looks = (*(n for n in dict.fromkeys(earlier) if n != inference.n), inference.n)
+    if claim.lookup:
+        claim = claim.model_copy(update={"alpha": claim.alpha / len(looks)})
     is_tested = not unlike and not inference.untestable
     return replace(
         result,
+        claim=claim,
+        looks=looks,
         treatment=measured.treatment,
         inference=inference,
         interval=_interval(inference, 1 - claim.alpha),
@@ -408,7 +428,7 @@ def _seeds_for_power(result: Result) -> int | None:
     planned: dict[str, Any] = {
         "sd": inference.sd,
         "alpha": claim.alpha / result.family_size,
-        "arms": 2 if claim.estimand.of == "difference" else 1,
+        "arms": 2 if claim.estimand.of in {"difference", "rmst"} and result.control else 1,
     }
     if isinstance(claim.bound, tuple):
         low, high = map(scale, claim.bound)

@@ -9,20 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from allostasis.analysis import summaries
-from allostasis.analysis.aggregate import Arm, Sample
+from allostasis.analysis.aggregate import Arm, Sample, selected
 from allostasis.analysis.claims import Claim, Select
 from allostasis.analysis.families import units_of
-from allostasis.analysis.text import bracket, number
+from allostasis.analysis.text import bracket, counted, number
 from allostasis.analysis.verdicts import CHANGED, Result
 
 OF = {
     "mean": "mean over {units} of",
     "difference": "difference of means over {units} of",
-    "paired_difference": "mean difference, paired by seed, of",
+    "paired_difference": "mean difference, paired by {unit}, of",
     "log_ratio": "geometric mean over {units} of",
     "proportion": "share of {units} with",
     "unanimous": "share of {units} (all needed) with",
     "median_time": "median over {units} of",
+    "rmst": "restricted mean over {units} of",
     "kappa": "ratio of sums over {units} (kappa) of",
     "ratio_of_sums": "ratio of sums over {units} of",
     "log_ratio_of_sums": "logarithm of the ratio of sums over {units} of",
@@ -37,7 +38,7 @@ TESTS = {
     "bootstrap": "the BCa bootstrap of the logarithm, inverted",
     "sign_flip": "exact tests by flipping signs",
     "permutation": "exact tests by permuting labels",
-    "log_rank": "normal tests of Peto's estimate, which at 0 are the log-rank test",
+    "log_rank": "log-rank tests by relabelling, exact up to 10^6 labellings",
 }
 FIELLER = "the tests that Fieller inverts"
 TESTS_OF = {
@@ -99,6 +100,7 @@ def _lines(
     if claim.confounds:
         lines.append(("confounds", "; ".join(_confounds(claim, arms))))
     lines += _parametrisation(result)
+    lines += _looks(result)
     lines += _beside(result, by_id)
     lines.append(("claim sha256", result.hash))
     if result.changed:
@@ -122,7 +124,8 @@ def claimed(claim: Claim) -> str:
         claim.direction or "", claim.direction
     )
     settings = ", ".join(f"{key}={value}" for key, value in claim.settings.items())
-    of, units = OF[estimand.of].format(units=units_of(claim)), units_of(claim)
+    units = units_of(claim)
+    of = OF[estimand.of].format(units=units, unit=estimand.unit)
     refuted = "" if claim.refuted_at is None else f", refuted beyond {number(claim.refuted_at)}"
     return (
         f"{of} {estimand.summary}{metric}{split} in {arms}: {where} {written}{refuted}"
@@ -196,6 +199,7 @@ def _measured(result: Result) -> list[tuple[str, str]]:
                 f"d = {number(g.d)}; distance from the bound in SD between {units}",
             ))
         lines += inference.beside.items()
+        lines += _dwell(result)
         if result.seeds_needed is not None and inference.n < result.seeds_needed:
             lines.append((
                 f"minimum {units}",
@@ -210,9 +214,24 @@ def _measured(result: Result) -> list[tuple[str, str]]:
     return lines
 
 
+def _dwell(result: Result) -> list[tuple[str, str]]:
+    """Whether curves whose `final` is above a bound may be called stable there."""
+    claim, sample = result.claim, result.treatment
+    is_final = claim.estimand is not None and claim.estimand.summary == "final"
+    if not is_final or sample is None or claim.direction != "greater" or result.control is not None:
+        return []
+    curves = [selected(claim, run) for run in sample.arm.runs if run.seed in sample.units]
+    kept = [summaries.stable(curve, str(claim.bound)) for curve in curves if curve is not None]
+    told = f"above the bound for the last {summaries.DWELL} steps or more: {sum(kept):.0f} of "
+    word = "stable" if all(kept) else "not to be called stable"
+    return [("dwell", f"{told}{counted(len(kept), 'seeds')}; {word}")]
+
+
 def _units(sample: Sample) -> str:
     if sample.unit == "cluster":
         return _clusters(sample)
+    if sample.unit == "model":
+        return _models(sample)
     n, censored = len(sample.units), int(sample.censored.sum())
     values = ", ".join(
         f"{seed}: {'> ' if late else ''}{number(value)}"
@@ -226,6 +245,17 @@ def _units(sample: Sample) -> str:
     text += f"; by seed {values}" if values else ""
     reasons = [f"seed {seed}: {reason}" for seed, reason in sample.undefined.items()]
     reasons += list(sample.arm.left_out.values())
+    return f"{text}; left out: {'; '.join(reasons)}" if reasons else text
+
+
+def _models(sample: Sample) -> str:
+    values = ", ".join(
+        f"{model}: {number(float(value))}"
+        for model, value in zip(sample.units, sample.values, strict=True)
+    )
+    text = f"{counted(len(sample.units), 'models')} in {sample.arm.condition}, a unit is one model "
+    text += f"(name and revision), all its runs averaged; by model {values}"
+    reasons = [f"{model}: {reason}" for model, reason in sample.undefined.items()]
     return f"{text}; left out: {'; '.join(reasons)}" if reasons else text
 
 
@@ -269,7 +299,7 @@ def doubts(result: Result, arms: Sequence[Arm]) -> list[str]:
     found += [text for _, text in _parametrisation(result)]
     left_out = {} if result.treatment is None else result.treatment.undefined
     if left_out:
-        found.append(f"{len(left_out)} seeds have no value")
+        found.append(f"{len(left_out)} {units_of(result.claim)} have no value")
     return found
 
 
@@ -284,6 +314,17 @@ def _parametrisation(result: Result) -> list[tuple[str, str]]:
         return []
     text = f"{metric} depends on parametrisation: models that compute the same can differ in it"
     return [("parametrisation", text)]
+
+
+def _looks(result: Result) -> list[tuple[str, str]]:
+    """At how many units earlier reports judged a claim, and what that costs it."""
+    if len(result.looks) < 2:
+        return []
+    told = f"judged at {', '.join(map(str, result.looks))} {units_of(result.claim)}: "
+    if result.claim.lookup:
+        return [("looks", f"{told}alpha is split over {len(result.looks)} looks")]
+    return [("looks", f"{told}allowed only where the number was fixed before the first look, "
+                      "since the claim has no `lookup: true`")]  # fmt: skip
 
 
 def _beside(result: Result, by_id: Mapping[str, Result]) -> list[tuple[str, str]]:
