@@ -174,14 +174,21 @@ class Grokking(L.LightningModule):
         assert isinstance(wrapped, LightningOptimizer)
         optimiser = wrapped.optimizer  # Lightning's wrapper costs as much as fused AdamW itself
         self._before = _copy(dict(self.model.named_parameters()))
+        loss = torch.zeros(())
         for _ in range(min(self.chunk, self.max_steps - self.updates)):
             rate = self.lr * min(1.0, (self.updates + 1) / max(1, self.warmup_steps))
             for group in optimiser.param_groups:
                 group["lr"] = rate
             optimiser.zero_grad()
-            self._loss(self.model, batch).backward()
+            loss = self._loss(self.model, batch)
+            loss.backward()
             optimiser.step()
             self.updates += 1
+        if not bool(loss.isfinite()):  # and so for all later ones
+            raise RuntimeError(
+                f"training diverged: the loss of update {self.updates} is {loss.item()}. "
+                f"This arm's learning rate is {self.lr:g}; set module.lr to a lower one"
+            )
 
     def _loss(self, model: ModularTransformer, pairs: Pairs) -> Tensor:
         return model.loss(pairs, engine=self.engine, matmul=self.matmul, objective=self.objective)
