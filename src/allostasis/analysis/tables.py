@@ -85,13 +85,22 @@ def survival_table(arms: Sequence[Arm], event: str) -> Table:
         f"{number(until)}, are log-log Greenwood's; that of a difference of restricted means is by "
         "a bootstrap over seeds; that of a ratio of times, paired by seed and told only where "
         "nothing is censored, by t on logarithms. Log-rank tests are two-sided, by relabelling, "
-        f"and not corrected; z > 0: sooner than {first.condition}."
+        f"and not corrected; z > 0: sooner than {first.condition}.{_cadence(arms)}"
     )
     heads = (
         "condition", "reached", "median", "95 %", "restricted mean",
         f"minus {first.condition}", f"times {first.condition}", "log-rank",
     )  # fmt: skip
     return Table(f"Steps to {event}", heads, tuple(rows), note)
+
+
+def _cadence(arms: Sequence[Arm]) -> str:
+    """How well a time is known, where configs say how often the event was looked for."""
+    try:
+        every = max(arm.setting("module.eval_every") for arm in arms)
+    except UndefinedError:
+        return ""
+    return f" A time is that of an evaluation; the event lies within the {every} updates before it."
 
 
 def _greenwood(curve: st.KaplanMeier, until: float) -> str:
