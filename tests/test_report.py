@@ -202,6 +202,7 @@ def test_counts_cover_every_claim(written: Path) -> None:
 # ---------------------------------------------------------------- the document
 
 
+@pytest.mark.slow
 def test_a_report_made_again_is_the_same_to_the_byte(written: Path) -> None:
     before = {path: path.read_bytes() for path in written.rglob("*") if path.is_file()}
     assert report.main([str(written.parent)]) == 0
@@ -406,6 +407,7 @@ def test_two_conditions_that_are_one_stop_the_report(
     assert "'high_wd' and 'no_wd' of grokking have equal settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_summary_on_screen_names_every_claim_and_file(
     written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,7 @@ def test_a_pack_gives_what_each_prompt_gives_by_itself(model: LanguageModel, tok
     assert shared.profile.n_unique == apart.profile.n_unique == 6
 
 
+@pytest.mark.slow
 def test_a_pack_equals_transformer_lens_prompt_by_prompt(model: LanguageModel) -> None:
     swept, oracle = sweep(model.decoder, ALIKE, UNITS, full=False), Oracle(model)
     for unit, row in itertools.product(range(len(UNITS)), range(len(ALIKE))):
