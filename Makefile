@@ -4,7 +4,8 @@ TORCH  ?= 2.13.0
 BIN    := .venv/bin
 RUN    := $(BIN)/python -m allostasis
 ARGS   ?=
-TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile  # two files at a time
+# two files of tests at a time
+TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all calibrate test-cluster check format bench report index study \

@@ -91,6 +91,24 @@ def test_a_treatment_that_changes_nothing_is_refused() -> None:
         Grokking(model=model, task=task).prove_effect()
 
 
+def test_a_run_that_diverges_says_so_with_its_rate() -> None:
+    import lightning as L
+
+    from allostasis.experiments.grokking.module import Grokking
+    from allostasis.models.modular_transformer import ModularTransformer
+    from allostasis.tasks.modular_addition import ModularAddition
+
+    task = ModularAddition(seed=0, p=7, train_frac=0.5, probe_size=8)
+    model = ModularTransformer(seed=0, p=7, d_model=8, n_heads=2, d_mlp=16)
+    module = Grokking(model=model, task=task, optimiser="sgdm", lr=1e30, warmup_steps=0)
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, max_epochs=-1,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"diverged: the loss of update \d+ is \w+\..*1e\+30"):
+        trainer.fit(module, datamodule=task)
+
+
 def test_evaluations_that_no_chunk_reaches_are_refused() -> None:
     from allostasis.experiments.grokking.module import Grokking
     from allostasis.models.modular_transformer import ModularTransformer

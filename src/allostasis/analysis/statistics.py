@@ -62,7 +62,7 @@ __all__ = [
     "kaplan_meier", "log_hazard_ratio", "log_rank", "max_t", "median_above", "median_below",
     "median_interval", "minimum_seeds",
     "nested_interval", "noncentral_above", "one_sample_effect", "permutation", "permuted_labels",
-    "permuted_times",    "phase_randomised_p", "power", "rank_correlation", "ratio_above",
+    "permuted_times", "phase_randomised_p", "power", "rank_correlation", "ratio_above",
     "resampled_difference", "seeds_for_power",
     "sign_flip", "t_above", "t_interval", "unbiasing", "welch_above", "welch_interval",
 ]  # fmt: skip

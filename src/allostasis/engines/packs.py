@@ -21,7 +21,7 @@ LIMIT = 128
 """Tokens of a pack, if no prompt is longer: attention's cost grows with their square."""
 
 WORTH = 1.1
-"""How many times fewer tokens packs must have to be worth their longer attention."""
+"""How many times fewer tokens packs must have to be used; chosen, not measured."""
 
 
 def can_share(units: Sequence[Unit]) -> bool:
