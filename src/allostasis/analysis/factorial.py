@@ -50,28 +50,33 @@ def heat_map(arms: Sequence[Arm], condition: str, event: str, *, rows: str, colu
     }
     down, right = (sorted({key[axis] for key in cells}) for axis in (0, 1))
     medians = np.full((len(down), len(right)), np.nan)
+    said = np.full(medians.shape, "", dtype=object)
+    for (row, column), arm in cells.items():
+        at = down.index(row), right.index(column)
+        times, censored = arm.times_to(event)
+        median = kaplan_meier(times, censored).median
+        label = f"> {number(times.max())}" if median is None else number(median)
+        said[at] = f"{label}\n{int((~censored).sum())} of {len(times)}"
+        if median is not None:
+            medians[at] = median
     with style() as plt:
+        import seaborn as sns
+
         figure, axis = plt.subplots(figsize=(1.25 * len(right) + 2.6, 0.75 * len(down) + 1.6))
-        for (row, column), arm in cells.items():
-            at = down.index(row), right.index(column)
-            times, censored = arm.times_to(event)
-            median = kaplan_meier(times, censored).median
-            reached = f"{int((~censored).sum())} of {len(times)}"
-            label = f"> {number(times.max())}" if median is None else number(median)
-            if median is not None:
-                medians[at] = median
+        axis.patch.set(hatch="///", edgecolor=GREY)
+        sns.heatmap(
+            medians, ax=axis, cmap=STEP_COLOURS, cbar=bool(np.isfinite(medians).any()),
+            cbar_kws={"label": f"median {event}, {STEPS}"},
+            xticklabels=[number(value) for value in right],
+            yticklabels=[number(value) for value in down],
+        )  # fmt: skip
+        for (row, column), label in np.ndenumerate(said):  # unreached cells have a label too
             axis.text(
-                at[1], at[0], f"{label}\n{reached}", ha="center", va="center", fontsize=8,
+                column + 0.5, row + 0.5, label, ha="center", va="center", fontsize=8,
                 color=INK, bbox={"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 1.5},
             )  # fmt: skip
-        axis.patch.set(hatch="///", edgecolor=GREY)
-        image = axis.imshow(np.ma.masked_invalid(medians), cmap=STEP_COLOURS, aspect="auto")
-        axis.set_xticks(range(len(right)), [number(value) for value in right])
-        axis.set_yticks(range(len(down)), [number(value) for value in down])
         axis.set(xlabel=columns.rpartition(".")[2], ylabel=rows.rpartition(".")[2])
         axis.grid(visible=False)
-        if np.isfinite(medians).any():
-            figure.colorbar(image, ax=axis, label=f"median {event}, {STEPS}")
     return figure
 
 

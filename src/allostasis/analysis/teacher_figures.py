@@ -298,6 +298,7 @@ def _existence(arms: Sequence[Arm]) -> Any:
 
 def _tree(arms: Sequence[Arm]) -> Any:
     import matplotlib.pyplot as plt
+    import seaborn as sns
 
     _, run = _main(arms)
     rows = _table(run, "pairs")
@@ -306,12 +307,15 @@ def _tree(arms: Sequence[Arm]) -> Any:
     cosines[rows["place"], rows["other_place"]] = rows["cosine"]
     cosines[rows["other_place"], rows["place"]] = rows["cosine"]
     canvas_, (left, right) = plt.subplots(1, 2, figsize=(11, 5))
-    shown = left.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    canvas_.colorbar(shown, ax=left, label="cosine", shrink=0.8)
-    steps = right.imshow(_steps(run, rows), cmap="viridis_r", interpolation="nearest")
-    right.set_facecolor(canvas.PALE)
-    canvas_.colorbar(steps, ax=right, label="steps in the tree", shrink=0.8)
-    for axes in (left, right):
+    for axes, values, label, look in (
+        (left, cosines, "cosine", {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}),
+        (right, _steps(run, rows), "steps in the tree", {"cmap": "viridis_r"}),
+    ):
+        axes.set_facecolor(canvas.PALE)
+        sns.heatmap(
+            values, ax=axes, square=True, xticklabels=50, yticklabels=50, rasterized=True,
+            cbar_kws={"label": label, "shrink": 0.8}, **look,
+        )  # fmt: skip
         axes.grid(visible=False)
         axes.set(xlabel="concept, in the order of the tree", ylabel="concept")
     return canvas_
