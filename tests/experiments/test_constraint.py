@@ -39,14 +39,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("constraint")
 
 
-def do(root: Path, condition: str, *overrides: str) -> Path:
+def do(root: Path, condition: str, *overrides: str, again: bool = False) -> Path:
     """The folder of a run in a shared outputs/, made unless it is there."""
     from allostasis.core.config import run_folder
     from allostasis.run import run
 
     cfg = compose(f"condition={condition}", *overrides)
     folder = root / run_folder(cfg)
-    if not (folder / "run.json").is_file():
+    if again or not (folder / "run.json").is_file():
         run(cfg, folder)
     return folder
 
@@ -276,33 +276,63 @@ def test_the_second_task_runs_every_kind_of_arm(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_to_the_same_records(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut_in", ["training_step", "test_step"])
+def test_an_interrupted_run_resumes_to_the_same_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_in: str
+) -> None:
     from allostasis.core.interrupt import Interrupted
     from allostasis.experiments.constraint.module import Constraint
     from allostasis.run import run
 
     words = ["condition=constraint", "metrics.checkpoint_every=20", "metrics.drift_lag=20"]
     run(compose(*words), tmp_path / "whole")
-    step = Constraint.training_step
+    step, at = getattr(Constraint, cut_in), {"training_step": 40, "test_step": 60}[cut_in]
 
     def stopping(self, batch, batch_idx):
-        if self.updates == 40:
+        if self.updates == at:
             raise Interrupted(15)
         return step(self, batch, batch_idx)
 
-    Constraint.training_step = stopping
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(Constraint, cut_in, stopping)
         with pytest.raises(Interrupted):
             run(compose(*words), tmp_path / "cut")
-    finally:
-        Constraint.training_step = step
     run(compose(*words), tmp_path / "cut")
     for table in ("metrics", "examples"):
         whole, cut = (
             pd.read_parquet(tmp_path / name / f"{table}.parquet") for name in ("whole", "cut")
         )
         pd.testing.assert_frame_equal(whole, cut)
-    assert read(tmp_path / "cut")["summary"] == read(tmp_path / "whole")["summary"]
+    for fact in ("summary", "effect"):
+        assert read(tmp_path / "cut")[fact] == read(tmp_path / "whole")[fact]
+
+
+@pytest.mark.slow
+def test_a_resumed_arm_that_was_shown_to_be_inert_stays_inert(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from allostasis.analysis.curves import RunView
+    from allostasis.core.interrupt import Interrupted
+    from allostasis.core.records import read_run
+    from allostasis.experiments.constraint.module import Constraint
+
+    step = Constraint.test_step
+
+    def stop(self, *batch):
+        if self.plan.kind == "none":  # the control, which is made first
+            return step(self, *batch)
+        raise Interrupted(15)
+
+    words = ("module.max_steps=20", "allow_inert=true", "module.clamp.target=reference*1.5")
+    with monkeypatch.context() as patch:
+        # nothing of the site says so: the proof alone finds out
+        patch.setattr("allostasis.experiments.constraint.module.INERT", 1e9)
+        patch.setattr(Constraint, "test_step", stop)
+        with pytest.raises(Interrupted):
+            do(root, "naive_clamp", *words)
+    folder = do(root, "naive_clamp", *words, again=True)
+    assert RunView(read_run(folder)).is_inert
+    assert read(folder)["summary"]["label"] == "inert"
 
 
 @pytest.mark.slow

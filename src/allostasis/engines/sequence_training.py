@@ -351,13 +351,14 @@ class SequenceTraining(L.LightningModule):
             "updates": self.updates,
             "before": self._before,
             "crossed": dict(self._crossed),
+            "final": dict(self._final),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up where `on_save_checkpoint` left off."""
         state = checkpoint["sequence_training"]
         self.updates, self._before = state["updates"], state["before"]
-        self._crossed = dict(state["crossed"])
+        self._crossed, self._final = dict(state["crossed"]), dict(state["final"])
 
 
 def streams(model: ToyTransformer, tokens: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:

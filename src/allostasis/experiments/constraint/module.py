@@ -324,11 +324,13 @@ class Constraint(SequenceTraining):
     # ------------------------------------------------------------------ survival
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add where the frozen weights began."""
+        """Add where the frozen weights began and what the proof of effect found."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["label"] = self.label
         checkpoint["freeze"] = self.frozen.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up where `on_save_checkpoint` left off."""
         super().on_load_checkpoint(checkpoint)
+        self.label = checkpoint["label"]
         self.frozen.load_state_dict(checkpoint["freeze"])
