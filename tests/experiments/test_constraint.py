@@ -130,6 +130,41 @@ def test_a_clamp_reads_the_one_control_whatever_its_own_settings(root: Path) -> 
     assert len(list((root / "outputs/constraint/control").rglob("run.json"))) == 1
 
 
+@pytest.mark.parametrize("condition", ["naive_clamp_batch", "mean_preserving_clamp_batch"])
+def test_a_clamp_by_batch_is_evaluated_in_batches_as_large_as_it_was_trained_with(
+    root: Path, condition: str
+) -> None:
+    from allostasis.analysis.aggregate import arms
+    from allostasis.analysis.curves import RunView
+    from allostasis.core.records import read_run
+    from allostasis.experiments.constraint.report import clamp_tables
+
+    folder = do(root, condition, "module.max_steps=20")
+    content = read(folder)
+    assert content["clamp"]["label"] == content["effect"]["label"] == "batch_dependent"
+    assert content["clamp"]["sequences_a_batch"] == 16
+    (table,) = clamp_tables(arms([RunView(read_run(folder))]))
+    assert table.rows[0][-1] == "batch_dependent"
+
+    arm = module(condition)
+    control = read_run(next((root / "outputs/constraint/control").rglob("run.json")).parent)
+    target = arm.take({"control": control})["clamp"]["target"]
+    seen = []
+
+    def watch(tensor: torch.Tensor, *, hook: object) -> None:
+        del hook
+        left = tensor - tensor.mean(dim=(0, 1))
+        size = (left.square().mean().sqrt(), tensor.norm(dim=-1).mean())
+        seen.append((len(tensor), size[condition == "naive_clamp_batch"].item()))
+
+    with arm.model.hooks(fwd_hooks=[(SITE, watch)]):
+        arm.updates = arm.max_steps  # the whole held-out set is read
+        list(arm.snapshots(["blocks.1.hook_resid_mid"], full=True))
+        arm.test_step(None, 0)
+    assert {n for n, _ in seen} == {16}  # held-out 96, probe 64, class probe 16 x 4
+    assert [size for _, size in seen] == pytest.approx([target] * len(seen), rel=1e-4)
+
+
 def test_frozen_weights_are_those_of_step_0_to_the_bit(root: Path) -> None:
     folder = do(root, "constraint")
     summary = read(folder)["summary"]

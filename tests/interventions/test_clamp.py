@@ -92,7 +92,7 @@ def test_a_norms_output_is_called_pinned_and_an_unknown_site_names_the_known() -
 
     sizes = {"seed": 0, "vocab_size": 20, "seq_len": 12, "d_model": 16}
     post = ToyTransformer(norm="post", **sizes).sites()
-    assert check_site("blocks.0.hook_resid_mid", post, kind="norm", norm="post") == "pinned"
+    assert check_site("blocks.0.hook_resid_mid", post, kind="norm", norm="post") == ("pinned",)
     with pytest.raises(ValueError, match=r"it has blocks\.0\.hook_resid_pre"):
         check_site("blocks.9.hook_resid_mid", post, kind="norm", norm="post")
 
@@ -103,7 +103,7 @@ def test_scale_before_bias_free_readout_keeps_every_argmax() -> None:
 
     model = ToyTransformer(seed=0, vocab_size=20, seq_len=12, d_model=16, norm="none")
     site = "blocks.0.hook_resid_post"
-    assert check_site(site, model.sites(), kind="norm", norm="none") == "argmax_inert"
+    assert check_site(site, model.sites(), kind="norm", norm="none") == ("argmax_inert",)
     tokens = torch.randint(20, (4, 12), generator=torch.Generator().manual_seed(0))
     clean = model(tokens)
     clamp = NormClamp(0.1)

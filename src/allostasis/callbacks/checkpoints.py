@@ -14,7 +14,6 @@ from torch import Tensor
 
 from allostasis.core.records import write_atomically
 
-
 RESUME = "resume.ckpt"
 """Name of the resume point in a run's checkpoints/."""
 

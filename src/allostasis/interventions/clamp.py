@@ -185,7 +185,8 @@ class Plan:
         kind: `none`; `norm`, the naive clamp; `spread`, the mean-preserving one; `class`;
             `placebo`.
         site: Hook point of calibration, clamp and log.
-        statistic: `token`, or the documents' `batch` form.
+        statistic: `token`, or the documents' `batch` form, which is evaluated in batches of the
+            size that was trained with and labelled `batch_dependent`.
         phase: `train_and_eval`, or `eval_only`: on the trained model of the arm without the clamp.
         target: The reference, or `reference*<factor>`: no number of another run stands here.
         between: Of `class`: whether variance between classes is set.
@@ -244,7 +245,9 @@ def parse_target(target: str) -> Annotated[float, Gt(0)]:
     return value
 
 
-def check_site(site: str, sites: dict[str, Site], *, kind: Kind, norm: str) -> str:
+def check_site(
+    site: str, sites: dict[str, Site], *, kind: Kind, norm: str, statistic: Statistic = "token"
+) -> tuple[str, ...]:
     """What a site does to a clamp of a kind.
 
     Args:
@@ -252,10 +255,12 @@ def check_site(site: str, sites: dict[str, Site], *, kind: Kind, norm: str) -> s
         sites: What the model says of its own.
         kind: Of the clamp.
         norm: The model's norm.
+        statistic: Of the clamp.
 
     Returns:
-        A label: "" where size is free there; `pinned` at a norm's output; `argmax_inert` where the
-        bias-free unembedding alone reads it and a scale per token changes no prediction.
+        Labels, none where size is free there and what is done to a token is its own: `pinned` at a
+        norm's output; `argmax_inert` where the bias-free unembedding alone reads it and a scale per
+        token changes no prediction; `batch_dependent` where it depends on a token's batch.
 
     Raises:
         ValueError: The model has no such site.
@@ -275,9 +280,12 @@ def check_site(site: str, sites: dict[str, Site], *, kind: Kind, norm: str) -> s
             "per token (LN(c r) = LN(r)). Clamp where the stream itself is read, for example at "
             f"{_free(sites)}; allow_inert=true runs it all the same, labelled inert."
         )
-    if here.norm_before:
-        return "pinned"
-    return "argmax_inert" if here.feeds_unembed and kind == "norm" else ""
+    labels = {
+        "pinned": here.norm_before,
+        "argmax_inert": here.feeds_unembed and kind == "norm",
+        "batch_dependent": statistic == "batch",
+    }
+    return tuple(label for label, holds in labels.items() if holds)
 
 
 def _free(sites: dict[str, Site]) -> str:

@@ -107,28 +107,49 @@ class Constraint(SequenceTraining):
         self.plan = clamp or Plan()
         self.frozen = Freeze(dict(model.named_parameters()), kind=freeze, heads=list(frozen_heads))
         self.allow_inert = allow_inert
-        self.label = self._check_site()
+        self.labels = self._check_site()
+        self._n_together = len(task.train_batch(0)) if self.is_by_batch else None
         self.attached: Attached | None = None
         if self.plan.kind != "none" and "control" not in reads:
             raise ValueError("a clamp takes its target from the control arm; put it into `reads`")
 
-    def _check_site(self) -> str:
-        if self.plan.kind == "none":
-            return ""
+    @property
+    def is_by_batch(self) -> bool:
+        """Whether what a clamp does to a token depends on the batch that it comes in."""
+        return self.plan.kind != "none" and self.plan.statistic == "batch"
+
+    @property
+    def label(self) -> str:
+        """What run.json says of the clamp's site and form; empty where there is nothing to say."""
+        return ", ".join(self.labels)
+
+    def at_once(self, cells: int) -> int:
+        """How many sequences are read together: under a clamp by batch, as many as in training.
+
+        The last batch of a set, or the only one of a small set, can be smaller.
+        """
+        return self._n_together or super().at_once(cells)
+
+    def _check_site(self) -> tuple[str, ...]:
+        plan = self.plan
+        if plan.kind == "none":
+            return ()
         try:
-            sites = self.model.sites()
-            label = check_site(self.plan.site, sites, kind=self.plan.kind, norm=self.model.norm)
+            labels = check_site(
+                plan.site, self.model.sites(), kind=plan.kind, norm=self.model.norm,
+                statistic=plan.statistic,
+            )  # fmt: skip
         except InertError as error:
             if not self.allow_inert:
                 raise
             log.warning("%s", error)
-            return "inert"
-        if label == "pinned":
+            return ("inert",)
+        if "pinned" in labels:
             log.warning(
                 "%s is a norm's output: amplitude is pinned there, whatever is done to it",
-                self.plan.site,
+                plan.site,
             )
-        return label
+        return labels
 
     # ------------------------------------------------------------------ other runs
 
@@ -159,6 +180,8 @@ class Constraint(SequenceTraining):
         clamp, facts = self._clamp(control, base)
         self.attached = Attached(clamp)
         self.model.add_hook(site, self.attached, is_permanent=True)
+        if self._n_together is not None:
+            facts["sequences_a_batch"] = self._n_together
         return told | {"clamp": facts | {"site": site, "label": self.label}}
 
     def _trained(self, record: RunRecord) -> ToyTransformer:
@@ -269,7 +292,7 @@ class Constraint(SequenceTraining):
                     f"{INERT:g}: an arm with it would be its control again. allow_inert=true runs "
                     "it all the same, labelled inert."
                 )
-            self.label = "inert"
+            self.labels = ("inert",)
         if is_identity and moved > 1e-4:
             raise RuntimeError(f"the identity clamp changes the output by {moved:.1e}")
         return facts | {"label": self.label}
@@ -326,11 +349,11 @@ class Constraint(SequenceTraining):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add where the frozen weights began and what the proof of effect found."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["label"] = self.label
+        checkpoint["labels"] = self.labels
         checkpoint["freeze"] = self.frozen.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up where `on_save_checkpoint` left off."""
         super().on_load_checkpoint(checkpoint)
-        self.label = checkpoint["label"]
+        self.labels = checkpoint["labels"]
         self.frozen.load_state_dict(checkpoint["freeze"])

@@ -210,7 +210,7 @@ def clamp_tables(arms: Sequence[Arm]) -> list[Table]:
         rows.append((
             arm.condition,
             str(clamp["site"]),
-            ", ".join(f"{k} {number(v)}" for k, v in clamp.items() if k not in skipped),
+            ", ".join(f"{k} {number(float(v))}" for k, v in clamp.items() if k not in skipped),
             number(effect["effect_logits"]),
             number(effect["effect_gradient"]),
             f"{effect['effect_argmax']:.1%}",
@@ -223,6 +223,8 @@ def clamp_tables(arms: Sequence[Arm]) -> list[Table]:
     note = (
         "First seed. The clamp switched on and off on eight calibration sequences, from equal "
         "weights: those at step 0, or the trained ones of an arm that trains nothing. `pinned`: "
-        "the site is a norm's output; `argmax_inert`: no scale there can change a prediction."
+        "the site is a norm's output; `argmax_inert`: no scale there can change a prediction; "
+        "`batch_dependent`: what it does to a token depends on its batch, so that it is evaluated "
+        "in batches of the size that was trained with."
     )
     return [Table("What the clamps do", heads, tuple(rows), note)] if rows else []
