@@ -214,6 +214,43 @@ def test_a_class_clamp_sets_what_it_says_where_the_past_determines_the_token(roo
     assert facts["between"] != pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("condition", "halved"), [("class_halve_b", 0), ("class_halve_w", 1)])
+def test_a_halved_variance_is_half_of_the_models_own(
+    root: Path, condition: str, halved: int
+) -> None:
+    """By the law of total variance on the calibration split, class by class, in pandas."""
+    from allostasis.core.records import read_run
+
+    arm = module(condition)
+    runs = {name: read_run(do(root, name)) for name in ("control", "constraint")}
+    arm.take(runs)
+    batch = arm.task.calibration
+    arm.prepare(batch)
+    counted = batch.groups["predictable"]
+
+    def variances() -> tuple[float, float]:
+        """Between and within classes, of the stream as the block's MLP reads it."""
+        kept: list[torch.Tensor] = []
+
+        def watch(tensor: torch.Tensor, *, hook: object) -> None:
+            del hook
+            kept.append(tensor.detach())
+
+        with torch.no_grad(), arm.model.hooks(fwd_hooks=[(SITE, watch)]):
+            arm.model.encode(batch.tokens)
+        rows = pd.DataFrame(kept[0][counted].double().numpy())
+        means = rows.groupby(batch.targets[counted].numpy()).transform("mean")
+        between = means - rows.mean()
+        return (between**2).sum(axis=1).mean(), ((rows - means) ** 2).sum(axis=1).mean()
+
+    after = variances()
+    arm.attached.is_on = False
+    before = variances()
+    ratios = [now / then for now, then in zip(after, before, strict=True)]
+    assert ratios[halved] == pytest.approx(0.5, rel=1e-4)
+    assert ratios[1 - halved] == pytest.approx(1.0, rel=1e-4)
+
+
 def test_a_clamp_that_a_norm_undoes_is_refused_and_runs_labelled_when_allowed(root: Path) -> None:
     from allostasis.interventions.clamp import InertError
 

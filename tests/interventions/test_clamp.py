@@ -169,12 +169,24 @@ def test_a_placebo_moves_the_length_within_directions_that_are_not_read() -> Non
     )
 
 
-@pytest.mark.parametrize("target", ["7.5", "reference*-1", "reference*x", "control", "reference+1"])
+@pytest.mark.parametrize(
+    "target",
+    ["7.5", "reference*-1", "reference*x", "control", "reference+1", "own", "own*0", "own+1"],
+)
 def test_numeric_target_is_refused(target: str) -> None:
     from allostasis.interventions.clamp import Plan
 
     with pytest.raises(ValueError, match=r"allowed are 'reference' and 'reference\*<factor>'"):
         Plan(kind="norm", target=target)
+
+
+def test_only_a_class_clamp_takes_its_own_models_statistic() -> None:
+    from allostasis.interventions.clamp import Plan
+
+    plan = Plan(kind="class", phase="eval_only", target="own * 0.5")
+    assert (plan.source, plan.factor) == ("own", 0.5)
+    with pytest.raises(ValueError, match=r"'own\*0.5' fits clamp.kind=class alone, not norm"):
+        Plan(kind="norm", target="own*0.5")
 
 
 def test_a_class_clamp_is_not_trained_under() -> None:

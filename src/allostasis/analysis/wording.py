@@ -91,6 +91,7 @@ def _lines(
 ) -> list[tuple[str, str]]:
     claim = result.claim
     lines = [("source", claim.source), ("status", claim.status)]
+    lines += [] if claim.remark is None else [("remark", claim.remark)]
     if claim.all_of:
         parts = ", ".join(f"{a.claim.id} ({a.verdict.word})" for a in result.atoms)
         lines.append(("claimed", f"all of {parts}"))

@@ -17,6 +17,7 @@ Kind = Literal["none", "norm", "spread", "class", "placebo"]
 Statistic = Literal["token", "batch"]
 Phase = Literal["train_and_eval", "eval_only"]
 Labels = Literal["true", "shuffled"]
+Source = Literal["reference", "own"]
 
 
 class InertError(ValueError):
@@ -188,13 +189,16 @@ class Plan:
         statistic: `token`, or the documents' `batch` form, which is evaluated in batches of the
             size that was trained with and labelled `batch_dependent`.
         phase: `train_and_eval`, or `eval_only`: on the trained model of the arm without the clamp.
-        target: The reference, or `reference*<factor>`: no number of another run stands here.
+        target: The reference, or `reference*<factor>`: no number of another run stands here. Of
+            `class` also `own*<factor>`: that much of the RMS which the trained model has itself,
+            so that sqrt(1/2) halves its variance.
         between: Of `class`: whether variance between classes is set.
         within: Of `class`: whether variance within classes is set.
         labels: Of `class`: `true`, or `shuffled` among tokens.
 
     Raises:
-        ValueError: The target is written otherwise, or a class clamp is to be trained under.
+        ValueError: The target is written otherwise or does not fit the kind, or a class clamp is
+            to be trained under.
     """
 
     def __init__(
@@ -212,37 +216,42 @@ class Plan:
         self.kind: Kind = kind
         self.statistic: Statistic = statistic
         self.site, self.phase = site, phase
-        self.factor = parse_target(target)
+        self.source, self.factor = parse_target(target)
         self.between, self.within, self.labels = between, within, labels
         if kind in {"class", "placebo"} and phase != "eval_only":
             raise ValueError(
                 f"clamp.kind={kind} needs clamp.phase=eval_only: it is calibrated on a trained "
                 "model" + (", and would hand the answer to one in training" * (kind == "class"))
             )
+        if self.source == "own" and kind != "class":
+            raise ValueError(
+                f"clamp.target={target!r} fits clamp.kind=class alone, not {kind}: other clamps "
+                "set what the control has"
+            )
 
 
-def parse_target(target: str) -> Annotated[float, Gt(0)]:
-    """The factor of a clamp's target.
+def parse_target(target: str) -> tuple[Source, Annotated[float, Gt(0)]]:
+    """Whose statistic a clamp sets, and the factor.
 
     Raises:
-        ValueError: It is no reference: a number would be taken from somewhere else.
+        ValueError: It is neither: a number would be taken from somewhere else.
 
     Example:
-        >>> parse_target("reference"), parse_target("reference*0.6")
-        (1.0, 0.6)
+        >>> parse_target("reference"), parse_target("reference*0.6"), parse_target("own*0.5")
+        (('reference', 1.0), ('reference', 0.6), ('own', 0.5))
     """
     name, star, factor = target.replace(" ", "").partition("*")
     try:
         value = float(factor) if star else 1.0
     except ValueError:
         value = -1.0
-    if name != "reference" or value <= 0:
-        raise ValueError(
-            f"clamp.target={target!r}: allowed are 'reference' and 'reference*<factor>', factor "
-            "> 0. The reference is measured on the control arm of the same seed; a number here "
-            "would be of no run."
-        )
-    return value
+    if value > 0 and (name == "reference" or (name == "own" and star)):
+        return ("own" if name == "own" else "reference"), value
+    raise ValueError(
+        f"clamp.target={target!r}: allowed are 'reference' and 'reference*<factor>', and for "
+        "clamp.kind=class 'own*<factor>', factor > 0. The reference is measured on the control "
+        "arm of the same seed, own on the model that is clamped; a number here would be of no run."
+    )
 
 
 def check_site(

@@ -221,8 +221,9 @@ class Constraint(SequenceTraining):
             base, self.task.calibration, self.plan.site, n_classes=self.task.n_classes
         )
         assert own.class_means is not None
+        aim = own if self.plan.source == "own" else control
         factors = {
-            name: self.plan.factor * getattr(control, name) / getattr(own, name) if is_set else 1.0
+            name: self.plan.factor * getattr(aim, name) / getattr(own, name) if is_set else 1.0
             for name, is_set in (("between", self.plan.between), ("within", self.plan.within))
         }
         clamp = ClassClamp(means=own.class_means, mean=own.mean, **factors)
