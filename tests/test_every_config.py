@@ -22,7 +22,7 @@ EXPERIMENTS = {experiment.name: experiment for experiment in experiments()}
 DOCUMENTED = {  # the default design, where there are more arms
     "grokking": {"high_wd", "no_wd"},
     "constraint": {
-        name for name in EXPERIMENTS["constraint"].conditions if not name.startswith("class_shrink")
+        name for name in EXPERIMENTS["constraint"].conditions if not name.startswith("class_")
     },
 }
 PRESETS = sorted(path.stem for path in (conf_dir() / "preset").glob("*.yaml"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -23,7 +24,7 @@ SMALL = [
 Compose = Callable[..., DictConfig]
 
 
-def compose(*overrides: str) -> DictConfig:
+def compose(*overrides: str, small: bool = True) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
@@ -31,7 +32,7 @@ def compose(*overrides: str) -> DictConfig:
 
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return hydra_compose("config", [*SMALL, *overrides])
+        return hydra_compose("config", [*(SMALL if small else ["exp=constraint"]), *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -324,22 +325,55 @@ def test_every_norm_trains_and_records_amplitude_where_it_can_move(root: Path, n
     assert (amplitude["value"] > 0).all()
 
 
+def test_every_arm_of_the_full_sweep_can_be_built_and_a_class_arm_is_refused_before_training() -> (
+    None
+):
+    """As `run.read_first` builds it, before the runs that it reads are made."""
+    from allostasis.core.config import conf_dir
+    from allostasis.core.devices import resolve
+    from allostasis.run import build_all
+
+    content = yaml.safe_load((conf_dir() / "exp/constraint.yaml").read_text())
+    swept = content["hydra"]["sweeper"]["params"]["condition"].split(",")
+    assert "placebo_clamp" in swept
+    for condition in swept:
+        build_all(compose(f"condition={condition}", small=False), resolve("cpu"))
+    with pytest.raises(ValueError, match="1698 of 4096 classes have fewer than 8 "):
+        build_all(compose("condition=class_halve_b", small=False), resolve("cpu"))
+    build_all(compose("condition=class_halve_b", "task=modular_sequences", small=False),
+              resolve("cpu"))  # fmt: skip
+
+
+@pytest.mark.parametrize(("vocab_size", "seq_len"), [(4096, 128), (512, 32), (64, 64)])
+def test_the_number_of_tokens_that_is_advised_is_enough(vocab_size: int, seq_len: int) -> None:
+    from allostasis.experiments.constraint.reference import check_classes
+    from allostasis.tasks.interleaved_patterns import InterleavedPatterns
+
+    def check(seed: int, tokens: int) -> None:
+        task = InterleavedPatterns(
+            seed=seed, seq_len=seq_len, vocab_size=vocab_size, n_calibration=tokens
+        )
+        check_classes(task.calibration, vocab_size)
+
+    with pytest.raises(ValueError, match="about") as caught:
+        check(0, 10 * vocab_size)
+    advised = int(str(caught.value).partition("; about ")[2].split()[0])
+    for seed in range(10):  # it fails in at most 0.1 % of splits
+        check(seed, advised)
+    with pytest.raises(ValueError, match="about"):
+        check(0, advised // 4)
+
+
 @pytest.mark.slow
 def test_the_second_task_runs_every_kind_of_arm(root: Path) -> None:
-    words = ["task=modular_sequences", "task.p=7", "task.vocab_size=8", "task.probe_size=8",
+    from allostasis.core.config import run_folder
+    from allostasis.run import run
+
+    words = ["task=modular_sequences", "task.p=17", "task.vocab_size=18", "task.probe_size=8",
              "task.train_frac=0.8", "module.max_steps=20"]  # fmt: skip
-    gone = [word for word in SMALL if word.startswith(("task.", "preset"))]
-    for condition in ("naive_clamp", "placebo_clamp"):
-        from hydra import compose as hydra_compose
-        from hydra import initialize_config_dir
-
-        from allostasis.core.config import conf_dir, register, run_folder
-        from allostasis.run import run
-
-        register()
-        kept = [word for word in SMALL if word not in gone]
-        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-            cfg = hydra_compose("config", [*kept, *words, f"condition={condition}"])
+    kept = [w for w in SMALL[1:] if not w.startswith(("task.", "preset"))]
+    for condition in ("naive_clamp", "placebo_clamp", "class_halve_b", "class_halve_w_shuffled"):
+        cfg = compose(*kept, *words, f"condition={condition}", small=False)
         folder = root / run_folder(cfg)
         cfg.gates = False
         run(cfg, folder)

@@ -69,7 +69,8 @@ class Constraint(SequenceTraining):
         schedule: What it does after that.
 
     Raises:
-        ValueError: The freeze or the clamp does not fit the model.
+        ValueError: The freeze or the clamp does not fit the model, or the task's calibration split
+            is too small for a class clamp.
         InertError: The clamp stands where a norm undoes it, and `allow_inert` is off.
     """
 
@@ -112,6 +113,8 @@ class Constraint(SequenceTraining):
         self.attached: Attached | None = None
         if self.plan.kind != "none" and "control" not in reads:
             raise ValueError("a clamp takes its target from the control arm; put it into `reads`")
+        if self.plan.kind == "class":  # told here, before the runs that this one reads are made
+            calibrate.check_classes(task.calibration, task.n_classes)
 
     @property
     def is_by_batch(self) -> bool:
