@@ -142,7 +142,7 @@ def test_a_clamp_by_batch_is_evaluated_in_batches_as_large_as_it_was_trained_wit
 
     folder = do(root, condition, "module.max_steps=20")
     content = read(folder)
-    assert content["clamp"]["label"] == content["effect"]["label"] == "batch_dependent"
+    assert content["effect"]["label"] == content["summary"]["label"] == "batch_dependent"
     assert content["clamp"]["sequences_a_batch"] == 16
     (table,) = clamp_tables(arms([RunView(read_run(folder))]))
     assert table.rows[0][-1] == "batch_dependent"
@@ -279,6 +279,45 @@ def test_claims_about_an_inert_arm_are_undecided(root: Path) -> None:
     found = {result.claim.id: result for result in verdicts.judge(loaded, arms(views))}
     assert found["A5"].verdict.word == "undecided"
     assert found["A5"].verdict.reason.startswith("inert: ")
+
+
+def test_an_inert_label_goes_where_the_proof_shows_an_effect(root: Path) -> None:
+    """A norm undoes a scale up to its epsilon: a stream far below it comes out small."""
+    from allostasis.core.records import read_run
+
+    labels = {}
+    for factor in ("0.5", "0.0001"):
+        arm = module(
+            "naive_clamp", "module.clamp.site=blocks.1.hook_resid_post", "allow_inert=true",
+            f"module.clamp.target=reference*{factor}",
+        )  # fmt: skip
+        arm.take({"control": read_run(do(root, "control"))})
+        assert arm.label == "inert"
+        labels[factor] = arm.prove_effect()["label"]
+    assert labels == {"0.5": "inert", "0.0001": ""}
+
+
+def test_accuracy_claims_about_a_clamp_that_changes_no_prediction_are_undecided(root: Path) -> None:
+    from allostasis.analysis import claims, verdicts
+    from allostasis.analysis.aggregate import arms
+    from allostasis.analysis.curves import RunView
+    from allostasis.core.records import read_run
+    from allostasis.experiments import constraint
+
+    words = ("model.norm=post", "model.final_norm=false", "module.max_steps=20",
+             "module.clamp.site=blocks.1.hook_resid_post",
+             "module.clamp.target=reference*0.5")  # fmt: skip
+    folder = do(root, "naive_clamp", *words)
+    effect = read(folder)["effect"]
+    assert effect["label"] == "pinned, argmax_inert"
+    assert effect["effect_argmax"] == 0
+    assert effect["effect_logits"] > 1e-2
+    loaded = claims.load(Path(constraint.__path__[0]), "constraint")
+    found = {r.claim.id: r for r in verdicts.judge(loaded, arms([RunView(read_run(folder))]))}
+    for name in ("A5", "A5.rs"):
+        assert found[name].verdict.word == "undecided"
+        assert found[name].verdict.reason.startswith("argmax_inert: ")
+    assert found["A5.rs.amplitude"].verdict.reason == "1 of 5 seeds"
 
 
 def test_answers_above_the_ceiling_are_a_leak_and_the_best_predictors_are_none() -> None:
@@ -432,7 +471,8 @@ def test_a_resumed_arm_that_was_shown_to_be_inert_stays_inert(
     words = ("module.max_steps=20", "allow_inert=true", "module.clamp.target=reference*1.5")
     with monkeypatch.context() as patch:
         # nothing of the site says so: the proof alone finds out
-        patch.setattr("allostasis.experiments.constraint.module.INERT", 1e9)
+        for name in ("INERT", "UNDONE"):
+            patch.setattr(f"allostasis.experiments.constraint.module.{name}", 1e9)
         patch.setattr(Constraint, "test_step", stop)
         with pytest.raises(Interrupted):
             do(root, "naive_clamp", *words)

@@ -126,9 +126,19 @@ class RunView:
         return "" if self.summary.get("does_task", True) else NO_TASK
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """What the run says of the place and form of its intervention."""
+        return tuple(str((self.run.get("effect") or {}).get("label") or "").split(", "))
+
+    @property
     def is_inert(self) -> bool:
         """Whether the arm's intervention was seen to change nothing."""
-        return (self.run.get("effect") or {}).get("label") == "inert"
+        return "inert" in self.labels
+
+    @property
+    def is_argmax_inert(self) -> bool:
+        """Whether the arm's intervention stands where it can change no prediction."""
+        return "argmax_inert" in self.labels
 
     @property
     def model(self) -> Mapping[str, Any]:

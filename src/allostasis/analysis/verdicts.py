@@ -283,6 +283,12 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str, earlier: Sequence[i
                     f"inert: the intervention of {side.name} is undone where it stands, so that "
                     "nothing about it can be told"
                 )
+            if _reads_accuracy(claim) and any(run.is_argmax_inert for run in side.runs):
+                raise UndefinedError(
+                    f"argmax_inert: no scale can change a prediction where the intervention of "
+                    f"{side.name} stands, so that accuracy tells nothing about it; cross-entropy "
+                    "and what training makes of it do"
+                )
             if first.unit == "seed" and side.is_inert():
                 raise UndefinedError(
                     f"seeds_inert: all {len(side.runs)} seeds of {side.name} gave the same "
@@ -308,6 +314,11 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str, earlier: Sequence[i
         p_support=measured.p_support if is_tested else None,
         p_refute=measured.p_refute if is_tested else None,
     )
+
+
+def _reads_accuracy(claim: Claim) -> bool:
+    metric = None if claim.select is None else claim.select.metric
+    return metric is not None and metric.partition(".")[0] == "accuracy"
 
 
 def _units(claim: Claim, arm: Arm, arms: Sequence[Arm]) -> dict[str, Sample]:

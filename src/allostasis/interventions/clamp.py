@@ -254,10 +254,10 @@ def parse_target(target: str) -> tuple[Source, Annotated[float, Gt(0)]]:
     )
 
 
-def check_site(
+def site_labels(
     site: str, sites: dict[str, Site], *, kind: Kind, norm: str, statistic: Statistic = "token"
 ) -> tuple[str, ...]:
-    """What a site does to a clamp of a kind.
+    """What a site does to a clamp of a kind, and whether it depends on a token's batch.
 
     Args:
         site: The hook point.
@@ -267,13 +267,12 @@ def check_site(
         statistic: Of the clamp.
 
     Returns:
-        Labels, none where size is free there and what is done to a token is its own: `pinned` at a
-        norm's output; `argmax_inert` where the bias-free unembedding alone reads it and a scale per
-        token changes no prediction; `batch_dependent` where it depends on a token's batch.
+        Labels, none where size is free and a token's own: `inert` where every reader normalises
+        what the clamp does away; `pinned` at a norm's output; `argmax_inert` where the bias-free
+        unembedding alone reads it and a positive scale changes no prediction; `batch_dependent`.
 
     Raises:
         ValueError: The model has no such site.
-        InertError: Every reader normalises what the clamp does away.
     """
     if site not in sites:
         raise ValueError(
@@ -281,20 +280,35 @@ def check_site(
             f"{', '.join(sites)}"
         )
     here = sites[site]
-    undone = kind == "norm" or (kind == "spread" and norm != "rms")
-    if here.all_readers_normalise and undone:
+    # a LayerNorm takes away a token's own mean, no norm the mean vector that the batch form keeps
+    undone = kind == "norm" or (kind == "spread" and statistic == "token" and norm != "rms")
+    labels = {
+        "inert": here.all_readers_normalise and undone,
+        "pinned": here.norm_before,
+        "argmax_inert": here.feeds_unembed and kind == "norm",
+        "batch_dependent": statistic == "batch",
+    }
+    return tuple(label for label, holds in labels.items() if holds)
+
+
+def check_site(
+    site: str, sites: dict[str, Site], *, kind: Kind, norm: str, statistic: Statistic = "token"
+) -> tuple[str, ...]:
+    """`site_labels` of a clamp that may stand there.
+
+    Raises:
+        ValueError: The model has no such site.
+        InertError: Every reader normalises what the clamp does away.
+    """
+    labels = site_labels(site, sites, kind=kind, norm=norm, statistic=statistic)
+    if "inert" in labels:
         raise InertError(
             f"clamp.kind={kind} at {site} is inert: whatever reads that site passes it through a "
             f"{'RMSNorm' if norm == 'rms' else 'LayerNorm'} first, which undoes a positive scale "
             "per token (LN(c r) = LN(r)). Clamp where the stream itself is read, for example at "
             f"{_free(sites)}; allow_inert=true runs it all the same, labelled inert."
         )
-    labels = {
-        "pinned": here.norm_before,
-        "argmax_inert": here.feeds_unembed and kind == "norm",
-        "batch_dependent": statistic == "batch",
-    }
-    return tuple(label for label, holds in labels.items() if holds)
+    return labels
 
 
 def _free(sites: dict[str, Site]) -> str:

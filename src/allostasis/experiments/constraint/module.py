@@ -30,6 +30,7 @@ from allostasis.interventions.clamp import (
     SpreadClamp,
     check_site,
     quiet_directions,
+    site_labels,
 )
 from allostasis.interventions.freeze import Freeze, FreezeKind
 from allostasis.models.readout import readout_loss
@@ -39,6 +40,7 @@ from allostasis.tasks.sequences import Sequences, SequenceTask
 log = logging.getLogger(__name__)
 
 INERT = 1e-6  # largest change of a logit or a gradient that is none
+UNDONE = 0.01  # of the largest logit: more than this is not the epsilon of a norm that undoes it
 PROVEN_ON = 8  # sequences
 TRAINED: Literal["constraint"] = "constraint"
 """The arm whose trained model an `eval_only` clamp is put on."""
@@ -137,16 +139,16 @@ class Constraint(SequenceTraining):
         plan = self.plan
         if plan.kind == "none":
             return ()
+        how: dict[str, Any] = {
+            "kind": plan.kind, "norm": self.model.norm, "statistic": plan.statistic,
+        }  # fmt: skip
+        labels = site_labels(plan.site, self.model.sites(), **how)
         try:
-            labels = check_site(
-                plan.site, self.model.sites(), kind=plan.kind, norm=self.model.norm,
-                statistic=plan.statistic,
-            )  # fmt: skip
+            check_site(plan.site, self.model.sites(), **how)
         except InertError as error:
             if not self.allow_inert:
                 raise
             log.warning("%s", error)
-            return ("inert",)
         if "pinned" in labels:
             log.warning(
                 "%s is a norm's output: amplitude is pinned there, whatever is done to it",
@@ -185,7 +187,7 @@ class Constraint(SequenceTraining):
         self.model.add_hook(site, self.attached, is_permanent=True)
         if self._n_together is not None:
             facts["sequences_a_batch"] = self._n_together
-        return told | {"clamp": facts | {"site": site, "label": self.label}}
+        return told | {"clamp": facts | {"site": site}}
 
     def _trained(self, record: RunRecord) -> ToyTransformer:
         model = copy.deepcopy(self.model)
@@ -296,7 +298,10 @@ class Constraint(SequenceTraining):
                     f"{INERT:g}: an arm with it would be its control again. allow_inert=true runs "
                     "it all the same, labelled inert."
                 )
-            self.labels = ("inert",)
+            self.labels = ("inert", *(label for label in self.labels if label != "inert"))
+        if facts["effect_logits"] > UNDONE * float(off_logits.abs().max()):
+            # a norm does not undo what is so small that its epsilon counts
+            self.labels = tuple(label for label in self.labels if label != "inert")
         if is_identity and moved > 1e-4:
             raise RuntimeError(f"the identity clamp changes the output by {moved:.1e}")
         return facts | {"label": self.label}

@@ -206,7 +206,7 @@ def clamp_tables(arms: Sequence[Arm]) -> list[Table]:
         clamp, effect = run.run.get("clamp"), run.run.get("effect") or {}
         if not clamp or "effect_logits" not in effect:
             continue
-        skipped = {"site", "label"}
+        skipped = {"site", "label"}  # the label is the proof's
         rows.append((
             arm.condition,
             str(clamp["site"]),
