@@ -296,6 +296,12 @@ class Claim(Part):
             raise ValueError(f"summary '{estimand.summary}' {verb} `select: {{metric: ...}}`")
         needs_control = estimand.of in {"difference", "paired_difference", "log_hazard_ratio"}
         needs_control |= self.test == "permutation"
+        if summaries.parse(estimand.summary).reads_both and (
+            self.arms is None or self.arms.control is None
+        ):
+            raise ValueError(
+                f"summary '{estimand.summary}' reads both arms and needs `arms: {{control: ...}}`"
+            )
         if needs_control and self.arms is not None and self.arms.control is None:
             raise ValueError(f"of: {estimand.of} needs `arms: {{treatment: ..., control: ...}}`")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from allostasis.analysis.aggregate import Arm, shown, summarise
 from allostasis.analysis.claims import Arms, Claim
 from allostasis.analysis.curves import UndefinedError
+from allostasis.analysis.summaries import parse
 from allostasis.analysis.text import number
 from allostasis.analysis.verdicts import POSITIVE, Result
 
@@ -69,7 +70,8 @@ def _judged(
 
 def _value(claim: Claim, condition: str, arms: Sequence[Arm]) -> str:
     """Mean over seeds of a claim's summary in an arm that is not its own."""
-    if claim.estimand is None or claim.estimand.unit != "seed":
+    reads_both = claim.estimand is not None and parse(claim.estimand.summary).reads_both
+    if claim.estimand is None or claim.estimand.unit != "seed" or reads_both:
         return "see its own claims"
     arm, _ = shown(arms, condition, claim.settings)
     cells = [a for a in arms if (a.condition, a.device) == (arm.condition, arm.device)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -124,6 +124,26 @@ class RunView:
     def gate(self) -> str:
         """Why no claim may be decided on this run; empty where nothing speaks against it."""
         return "" if self.summary.get("does_task", True) else NO_TASK
+
+    @property
+    def test_sha256(self) -> str | None:
+        """Hash of the held-out sequences, where the run says which they were."""
+        return ((self.run.get("data") or {}).get("test") or {}).get("sha256")
+
+    def example_values(self, metrics: Sequence[str]) -> pd.DataFrame:
+        """Values of single held-out examples at the end: a row each, a column a metric.
+
+        Raises:
+            UndefinedError: The record holds no single examples of these metrics.
+        """
+        table = self.record.examples
+        if table is None:
+            raise UndefinedError("examples.parquet was not recorded")
+        there = table[table["metric"].isin(list(metrics)) & (table["split"] == "test")]
+        found = there.pivot(index="example", columns="metric", values="value")
+        if missing := set(metrics) - set(found):
+            raise UndefinedError(f"examples.parquet holds no {', '.join(sorted(missing))}")
+        return found
 
     @property
     def labels(self) -> tuple[str, ...]:

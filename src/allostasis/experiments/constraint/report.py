@@ -90,8 +90,10 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
         Figure(
             "variance",
             "Variance by arm",
-            "Of the stream behind the last block, at the last position, by the token that is right "
-            "there. Clamped arms of phase eval_only are the trained model of `constraint`.",
+            "Of the stream behind the last block. The published variance is over all tokens of the "
+            "probe; those within and between classes are at the last position of the class probe, "
+            "by the token that is right there. Clamped arms of phase eval_only are the trained "
+            "model of `constraint`.",
             partial(plot_box_plots_variance, arms, metrics=(VARIANCE, WITHIN, BETWEEN)),
         ),
         Figure(
