@@ -19,7 +19,12 @@ from allostasis.core.help import OVERVIEW, experiments
 from allostasis.core.validate import check
 
 EXPERIMENTS = {experiment.name: experiment for experiment in experiments()}
-DOCUMENTED = {"grokking": {"high_wd", "no_wd"}}  # the documents' design, where there are more arms
+DOCUMENTED = {  # the default design, where there are more arms
+    "grokking": {"high_wd", "no_wd"},
+    "constraint": {
+        name for name in EXPERIMENTS["constraint"].conditions if not name.startswith("class_")
+    },
+}
 PRESETS = sorted(path.stem for path in (conf_dir() / "preset").glob("*.yaml"))
 COMMAND = re.compile(r"^ *python -m allostasis (\+?exp=\S.*?)(?:   |$)", re.MULTILINE)
 

@@ -211,6 +211,43 @@ def test_the_log_format_of_the_documents_is_there(runs: Runs, exp: str, conditio
     assert log["summary"]["total_steps"] == 20
 
 
+FIRST = [next(arm for arm in TRAINED if arm[0] == exp) for exp in dict(TRAINED)]
+AGAIN = {
+    "started", "finished", "wall_s", "wall_s_amortised", "sessions", "command", "run_id", "profile",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("exp", "condition"), FIRST)
+def test_a_run_that_is_cut_after_its_last_update_says_all_that_a_whole_one_says(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exp: str, condition: str
+) -> None:
+    """The proof of effect is the first session's; what is read last is read before the cut."""
+    from hydra.utils import get_class
+
+    from allostasis.core.interrupt import Interrupted
+    from allostasis.run import run
+
+    whole = json.loads((runs[exp, condition] / "run.json").read_text())
+    words = [f"condition='{condition}'", "seed=42"]
+    folder = tmp_path / "cut"
+
+    def stop(*_: object) -> None:
+        raise Interrupted(15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(get_class(compose(exp, *words).module["_target_"]), "test_step", stop)
+        with pytest.raises(Interrupted):
+            run(compose(exp, *words), folder)
+    cut = json.loads((folder / "run.json").read_text())
+    assert cut["effect"] == whole["effect"]
+    run(compose(exp, *words), folder)
+    cut = json.loads((folder / "run.json").read_text())
+    assert {k: v for k, v in cut.items() if k not in AGAIN} == {
+        k: v for k, v in whole.items() if k not in AGAIN
+    }
+
+
 @pytest.mark.slow
 def test_arms_differ_in_hash_and_final_weights(runs: Runs) -> None:
     contents = [json.loads((runs[arm] / "run.json").read_text()) for arm in ARMS]

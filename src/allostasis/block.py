@@ -159,6 +159,7 @@ def _train(
             seat.facts |= run.facts_read(read) | seat.module.take(read)
         if not is_resumed:
             seat.facts["effect"] = seat.module.prove_effect()
+        seat.file.note(seat.facts)
         seat.facts |= {"engine": "replicas", "width": width, "slot": slot}
         members.append(_member(seat, slot))
 

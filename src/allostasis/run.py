@@ -21,7 +21,7 @@ from allostasis import instrument
 from allostasis.analysis import claims
 from allostasis.callbacks import loggers
 from allostasis.callbacks.cadence import Plan
-from allostasis.callbacks.checkpoints import Checkpoints
+from allostasis.callbacks.checkpoints import RESUME, Checkpoints
 from allostasis.callbacks.profile import sampled
 from allostasis.callbacks.progress import Progress
 from allostasis.callbacks.recorder import Identity, Recorder
@@ -150,7 +150,7 @@ def _work(
 ) -> Status:
     """Build everything, train and test, close the tables; `facts` is filled on the way."""
     device = devices.resolve(cfg.device)
-    facts |= {"device_resolved": device.name, "device_name": device.model, "numerics": _numerics()}
+    facts |= {"device_resolved": device.name, "device_name": device.model}
     if cfg.gates:
         gates = instrument.run_gates()
         facts["gates"] = {gate.name: vars(gate) | {"passed": gate.passed} for gate in gates}
@@ -159,8 +159,12 @@ def _work(
     task, module = build_all(cfg, device)
     if earlier:
         facts |= facts_read(earlier) | module.take(earlier)
+    if not (folder / "checkpoints" / RESUME).is_file():  # else its first session has shown it
+        facts["effect"] = module.prove_effect()
+    file.note(facts)
     do = _train if "fit" in cfg.stages else _look
     do(cfg, folder, identity, device, logger, task, module, facts)
+    facts["numerics"] = _numerics()  # the trainer sets some of them
     return close_records(folder, file, facts, module)
 
 
@@ -190,10 +194,10 @@ def close_records(folder: Path, file: RunFile, facts: dict[str, Any], module: An
     record = read_run(folder)
     seen = {**file.content, **facts, "wall_s": file.elapsed()}
     write_json(folder / "audit.json", audit.view(seen, record.metrics, record.times))
-    (folder / "checkpoints" / "resume.ckpt").unlink(missing_ok=True)
+    (folder / "checkpoints" / RESUME).unlink(missing_ok=True)
     shutil.rmtree(folder / "parts", ignore_errors=True)
-    verified = all(gate["passed"] for gate in facts.get("gates", {}).values())
-    verified = verified and facts.get("verify", {}).get("passed", True)
+    verified = all(gate["passed"] for gate in seen.get("gates", {}).values())
+    verified = verified and seen.get("verify", {}).get("passed", True)
     return "done" if verified else "failed_verification"
 
 
@@ -224,7 +228,6 @@ def _look(
     facts: dict[str, Any],
 ) -> None:
     """Test a module that trains nothing; it makes its own tables and facts."""
-    facts |= {"effect": module.prove_effect()}
     trainer = make_trainer(cfg, folder, device, logger, [Tables(folder=folder, identity=identity)])
     try:
         with sampled(folder):
@@ -252,8 +255,6 @@ def _train(
     progress = Progress(identity=identity, recorder=recorder)
     trainer = make_trainer(cfg, folder, device, logger, [recorder, checkpoints, progress])
     resume = checkpoints.resume_path if checkpoints.resume_path.is_file() else None
-    if resume is None:
-        facts["effect"] = module.prove_effect()
     if "fit" in cfg.stages:
         trainer.fit(module, datamodule=task, ckpt_path=resume, weights_only=True)
     if "test" in cfg.stages:

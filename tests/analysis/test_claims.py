@@ -135,6 +135,13 @@ def test_a_file_that_is_no_list_of_claims_is_refused(text: str) -> None:
         read(text)
 
 
+def test_a_summary_of_both_arms_needs_both() -> None:
+    text = ATOM.replace("summary: final", "summary: shared_scale_and_alignment")
+    text = text.replace("  select: {metric: logit_scale}\n", "")
+    with pytest.raises(ClaimError, match="reads both arms and needs"):
+        read(text)
+
+
 def test_confounds_are_names_with_or_without_the_arm_that_excludes_them() -> None:
     (claim,) = read(ATOM + "  confounds: [decay, {loss: mse}]\n")
     assert claim.confounds == {"decay": None, "loss": "mse"}

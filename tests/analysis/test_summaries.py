@@ -234,3 +234,55 @@ def test_the_first_to_be_half_way_is_found(run: RunView, lead: int, expected: fl
     view._curves["log_margin.alignment", "train"] = ramp(500 + lead, 1.0)
     view._curves["accuracy", "test"] = Curve(steps, np.linspace(0, 1, len(steps)))
     assert summaries.crosses_first(view, "t_low", "t_high") == expected
+
+
+def test_kappa_of_shared_examples_reads_the_same_ones_of_both_arms(
+    tmp_path: Path, write_run: Writer
+) -> None:
+    """Planted by seed: log A falls by 0.3 and log G rises by 0.5 on what both arms answer."""
+    from allostasis.analysis.aggregate import arms
+    from allostasis.analysis.claims import Claim
+    from allostasis.analysis.verdicts import judge
+    from allostasis.core.records import EXAMPLES_SCHEMA, read_runs, write_table
+
+    data = {"test": {"n": 6, "sha256": "same"}}
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        log_a, log_g = rng.normal(3, 1, 6), rng.normal(-2, 1, 6)
+        # each arm answers one that the other does not, with terms that would change everything
+        signs = {"no_wd": np.array([1, 1, 1, 1, 1, -1]), "high_wd": np.array([1, 1, 1, 1, -1, 1])}
+        for condition, (da, dg) in {"no_wd": (0.0, 0.0), "high_wd": (-0.3, 0.5)}.items():
+            folder = write_run(tmp_path, condition, seed, every=1000, data=data)
+            scale = np.exp(log_a + da + 9 * (signs["no_wd"] < 0))
+            margin = signs[condition] * scale * np.exp(log_g + dg)
+            rows = [
+                {
+                    "run_id": "r", "exp": "grokking", "condition": condition, "seed": seed,
+                    "device": "auto", "step": 1, "split": "test", "metric": metric, "symbol": "A",
+                    "unit": "1", "value": value, "n": 1, "example": example,
+                }
+                for metric, values in (("logit_scale", scale), ("margin", margin))
+                for example, value in enumerate(values.tolist())
+            ]  # fmt: skip
+            write_table(folder / "examples.parquet", rows, EXAMPLES_SCHEMA)
+    claim = Claim.model_validate({
+        "id": "X", "source": "own", "text": "x", "direction": "inside", "bound": [0.5, 0.7],
+        "estimand": {"summary": "shared_scale_and_alignment", "of": "kappa", "split": "test"},
+        "arms": {"treatment": "high_wd", "control": "no_wd"}, "test": "tost", "family": "x",
+        "status": "own",
+    })  # fmt: skip
+    views = [RunView(record) for record in read_runs(tmp_path)]
+    (result,) = judge([claim], arms(views))
+    assert result.inference is not None
+    assert result.inference.n == 4
+    assert result.inference.estimate == pytest.approx(0.3 / 0.5)
+    left, right = views[0], views[4]
+    assert (left.condition, right.condition, left.seed) == ("high_wd", "no_wd", right.seed)
+    right.run["data"] = {"test": {"sha256": "another"}}
+    with pytest.raises(UndefinedError, match="were tested on different sequences"):
+        summaries.shared_scale_and_alignment(left, right)
+    right.run["data"] = data
+    (right.record.folder / "examples.parquet").unlink()
+    again = RunView(read_run(right.record.folder))
+    with pytest.raises(UndefinedError, match=r"examples\.parquet was not recorded"):
+        summaries.shared_scale_and_alignment(left, again)

@@ -13,8 +13,10 @@ import allostasis
 from allostasis.analysis import claims, estimands, families, studies
 from allostasis.analysis.aggregate import Arm, IdenticalArmsError, arms
 from allostasis.analysis.claims import Claim
+from allostasis.analysis.confounds import confounds
 from allostasis.analysis.curves import RunView
 from allostasis.analysis.summaries import final
+from allostasis.analysis.text import number
 from allostasis.analysis.verdicts import Result, Verdict, conjunction, judge, rule
 from allostasis.analysis.wording import blocks
 from allostasis.core.records import read_runs
@@ -435,3 +437,40 @@ def test_the_end_of_a_run_is_never_taken_for_the_time_of_an_event(study: Path) -
     assert result.inference is not None
     assert result.inference.beside["restricted to"] == "20000"
     assert result.p_support == pytest.approx(1 / 12_870)
+
+
+def test_a_confound_is_excluded_by_a_claim_and_not_by_an_arm_that_was_run(
+    tmp_path: Path, write_run: Writer
+) -> None:
+    for condition in ("high_wd", "no_wd"):
+        for seed in range(3):
+            write_run(tmp_path, condition, seed, every=1000)
+    there = arms_of(tmp_path)
+    plain = claim(confounds={"weight_decay": "no_wd", "other": None, "third": "mse"})
+    asked = claim(
+        id="Y", arms={"treatment": "high_wd", "control": "no_wd"},
+        estimand={"summary": "final", "of": "paired_difference"},
+    )  # fmt: skip
+    (result,) = judge([plain], there)
+
+    def told(*deciding: Result) -> dict[str, tuple[str, bool]]:
+        found = confounds(result, [result, *deciding], there)
+        return {c.name: (c.told, c.is_excluded) for c in found}
+
+    means = {
+        arm.condition: number(
+            float(np.mean([final(run.curve("amplitude_param.published")) for run in arm.runs]))
+        )
+        for arm in there
+    }
+    beside = f"measured by no_wd: {means['no_wd']}, against {means['high_wd']} in high_wd"
+    assert told() == {
+        "weight decay": (f"{beside}; no claim decides on it", False),
+        "other": ("not excluded", False),
+        "third": ("not excluded (arm 'mse' was not run)", False),
+    }
+    for word in ("undecided", "refuted"):
+        judged = Result(asked, "", Verdict(word, ""))
+        assert told(judged)["weight decay"] == (f"{beside}; Y is {word}", False)
+    judged = Result(asked, "", Verdict("equivalent", ""))
+    assert told(judged)["weight decay"] == ("excluded by no_wd (Y is equivalent)", True)

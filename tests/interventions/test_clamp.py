@@ -65,24 +65,43 @@ def test_hook_calls_equal_forwards_and_norm_equals_target() -> None:
     assert not torch.allclose(cache[site].norm(dim=-1), torch.full((2, 12), 3.0), rtol=0.1)
 
 
-@pytest.mark.parametrize("norm", ["pre", "post", "rms"])
+@pytest.mark.parametrize("norm", ["pre", "post", "rms", "none"])
 @pytest.mark.parametrize("kind", ["norm", "spread"])
-def test_site_read_only_by_norms_is_refused(norm: str, kind: str) -> None:
-    from allostasis.interventions.clamp import InertError, check_site
+@pytest.mark.parametrize("statistic", ["token", "batch"])
+def test_site_read_only_by_norms_is_refused(norm: str, kind: str, statistic: str) -> None:
+    """Refused exactly where the clamp leaves every logit as it is, tried site by site."""
+    from allostasis.interventions.clamp import InertError, NormClamp, SpreadClamp, check_site
     from allostasis.models.toy_transformer import ToyTransformer
 
     model = ToyTransformer(seed=0, vocab_size=20, seq_len=12, d_model=16, n_layers=2, norm=norm)
-    refused = []
-    for site in model.sites():
-        if model.sites()[site].all_readers_normalise and not (norm == "rms" and kind == "spread"):
-            with pytest.raises(InertError, match="Norm first, which undoes .* allow_inert=true"):
-                check_site(site, model.sites(), kind=kind, norm=norm)
-            refused.append(site)
+    model.double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # with biases: an MLP without is as linear in a scale
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    tokens = torch.randint(20, (4, 12), generator=generator)
+    clean = model(tokens)
+    clamp = {"norm": NormClamp, "spread": SpreadClamp}[kind](2.5, statistic)
+
+    def clamped(tensor: torch.Tensor, *, hook: object) -> torch.Tensor:
+        del hook
+        return clamp(tensor)
+
+    sites, refused = model.sites(), []
+    for site in sites:
+        with model.hooks(fwd_hooks=[(site, clamped)]):
+            moved = (model(tokens) - clean).abs().max()
+        if moved > 1e-3 * clean.abs().max():
+            check_site(site, sites, kind=kind, norm=norm, statistic=statistic)
         else:
-            check_site(site, model.sites(), kind=kind, norm=norm)
+            with pytest.raises(InertError, match="Norm first, which undoes .* allow_inert=true"):
+                check_site(site, sites, kind=kind, norm=norm, statistic=statistic)
+            refused.append(site)
     sums = [f"blocks.{i}.hook_{part}_sum" for i in (0, 1) for part in ("attn", "mlp")]
     last = ["blocks.1.hook_resid_post"]
-    wanted = {"pre": last, "post": [*sums, *last], "rms": last if kind == "norm" else []}[norm]
+    wanted = {"pre": last, "post": [*sums, *last], "rms": last, "none": []}[norm]
+    if kind == "spread" and (statistic == "batch" or norm == "rms"):
+        wanted = []
     assert sorted(refused) == sorted(wanted)
 
 
@@ -92,7 +111,10 @@ def test_a_norms_output_is_called_pinned_and_an_unknown_site_names_the_known() -
 
     sizes = {"seed": 0, "vocab_size": 20, "seq_len": 12, "d_model": 16}
     post = ToyTransformer(norm="post", **sizes).sites()
-    assert check_site("blocks.0.hook_resid_mid", post, kind="norm", norm="post") == "pinned"
+    assert check_site("blocks.0.hook_resid_mid", post, kind="norm", norm="post") == ("pinned",)
+    bare = ToyTransformer(norm="post", final_norm=False, **sizes).sites()
+    both = check_site("blocks.0.hook_resid_post", bare, kind="norm", norm="post", statistic="batch")
+    assert both == ("pinned", "argmax_inert", "batch_dependent")
     with pytest.raises(ValueError, match=r"it has blocks\.0\.hook_resid_pre"):
         check_site("blocks.9.hook_resid_mid", post, kind="norm", norm="post")
 
@@ -103,7 +125,7 @@ def test_scale_before_bias_free_readout_keeps_every_argmax() -> None:
 
     model = ToyTransformer(seed=0, vocab_size=20, seq_len=12, d_model=16, norm="none")
     site = "blocks.0.hook_resid_post"
-    assert check_site(site, model.sites(), kind="norm", norm="none") == "argmax_inert"
+    assert check_site(site, model.sites(), kind="norm", norm="none") == ("argmax_inert",)
     tokens = torch.randint(20, (4, 12), generator=torch.Generator().manual_seed(0))
     clean = model(tokens)
     clamp = NormClamp(0.1)
@@ -169,12 +191,24 @@ def test_a_placebo_moves_the_length_within_directions_that_are_not_read() -> Non
     )
 
 
-@pytest.mark.parametrize("target", ["7.5", "reference*-1", "reference*x", "control", "reference+1"])
+@pytest.mark.parametrize(
+    "target",
+    ["7.5", "reference*-1", "reference*x", "control", "reference+1", "own", "own*0", "own+1"],
+)
 def test_numeric_target_is_refused(target: str) -> None:
     from allostasis.interventions.clamp import Plan
 
     with pytest.raises(ValueError, match=r"allowed are 'reference' and 'reference\*<factor>'"):
         Plan(kind="norm", target=target)
+
+
+def test_only_a_class_clamp_takes_its_own_models_statistic() -> None:
+    from allostasis.interventions.clamp import Plan
+
+    plan = Plan(kind="class", phase="eval_only", target="own * 0.5")
+    assert (plan.source, plan.factor) == ("own", 0.5)
+    with pytest.raises(ValueError, match=r"'own\*0.5' fits clamp.kind=class alone, not norm"):
+        Plan(kind="norm", target="own*0.5")
 
 
 def test_a_class_clamp_is_not_trained_under() -> None:

@@ -86,6 +86,10 @@ class Arm:
         times = [summaries.time_to(run, event) for run in self.runs]
         return np.array([t.step for t in times]), np.array([t.censored for t in times])
 
+    def of_seed(self, seed: int) -> RunView | None:
+        """The run of a seed, where there is one."""
+        return next((run for run in self.runs if run.seed == seed), None)
+
     def is_inert(self) -> bool:
         """Whether several seeds gave the same readings, bit by bit: the seed changed nothing."""
         return len(self.runs) > 1 and len({run.fingerprint for run in self.runs}) == 1
@@ -239,7 +243,9 @@ class Sample:
         )
 
 
-def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
+def summarise(
+    claim: Claim, arm: Arm, cells: Sequence[Arm] = (), against: Arm | None = None
+) -> Sample:
     """Reduce every finished run of an arm to the number that a claim is about.
 
     Args:
@@ -247,6 +253,7 @@ def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
         arm: The arm.
         cells: All arms of its condition: the cells of a factorial, which differ in settings. A
             summary that reads them gets, for each seed, that seed's run in every cell.
+        against: The arm that is compared with, for a summary that reads both arms' runs at once.
     """
     assert claim.estimand is not None
     summary = summaries.parse(claim.estimand.summary)
@@ -257,7 +264,10 @@ def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
         try:
             curve = selected(claim, run)
             own = [other for cell in cells for other in cell.runs if other.seed == run.seed]
-            value = summary(run, curve, own)
+            other = None if against is None else against.of_seed(run.seed)
+            if summary.reads_both and other is None:
+                raise UndefinedError("the arm that it is compared with has no run of this seed")
+            value = summary(run, curve, own, other)
         except UndefinedError as error:
             undefined[run.seed] = str(error)
             continue

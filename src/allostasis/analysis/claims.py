@@ -183,6 +183,8 @@ class Claim(Part):
         status: `published` as the source has it, `corrected` twin of such, or `own`.
         proved: Which values the estimand can have at all. It is no part of what is claimed, so that
             it is not hashed: a proof found later leaves the claim, and records of it, as they are.
+        remark: What was found out about a claim later, and which claim asks better; not hashed,
+            likewise.
     """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.]*$")]
@@ -210,6 +212,7 @@ class Claim(Part):
     confounds: dict[str, str | None] = {}
     status: Literal["published", "corrected", "own"]
     proved: Annotated[Proved | None, Field(exclude=True)] = None
+    remark: Annotated[str | None, Field(exclude=True)] = None
 
     @field_validator("confounds", mode="before")
     @classmethod
@@ -293,6 +296,12 @@ class Claim(Part):
             raise ValueError(f"summary '{estimand.summary}' {verb} `select: {{metric: ...}}`")
         needs_control = estimand.of in {"difference", "paired_difference", "log_hazard_ratio"}
         needs_control |= self.test == "permutation"
+        if summaries.parse(estimand.summary).reads_both and (
+            self.arms is None or self.arms.control is None
+        ):
+            raise ValueError(
+                f"summary '{estimand.summary}' reads both arms and needs `arms: {{control: ...}}`"
+            )
         if needs_control and self.arms is not None and self.arms.control is None:
             raise ValueError(f"of: {estimand.of} needs `arms: {{treatment: ..., control: ...}}`")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -126,9 +126,39 @@ class RunView:
         return "" if self.summary.get("does_task", True) else NO_TASK
 
     @property
+    def test_sha256(self) -> str | None:
+        """Hash of the held-out sequences, where the run says which they were."""
+        return ((self.run.get("data") or {}).get("test") or {}).get("sha256")
+
+    def example_values(self, metrics: Sequence[str]) -> pd.DataFrame:
+        """Values of single held-out examples at the end: a row each, a column a metric.
+
+        Raises:
+            UndefinedError: The record holds no single examples of these metrics.
+        """
+        table = self.record.examples
+        if table is None:
+            raise UndefinedError("examples.parquet was not recorded")
+        there = table[table["metric"].isin(list(metrics)) & (table["split"] == "test")]
+        found = there.pivot(index="example", columns="metric", values="value")
+        if missing := set(metrics) - set(found):
+            raise UndefinedError(f"examples.parquet holds no {', '.join(sorted(missing))}")
+        return found
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the run says of the place and form of its intervention."""
+        return tuple(str((self.run.get("effect") or {}).get("label") or "").split(", "))
+
+    @property
     def is_inert(self) -> bool:
         """Whether the arm's intervention was seen to change nothing."""
-        return (self.run.get("effect") or {}).get("label") == "inert"
+        return "inert" in self.labels
+
+    @property
+    def is_argmax_inert(self) -> bool:
+        """Whether the arm's intervention stands where it can change no prediction."""
+        return "argmax_inert" in self.labels
 
     @property
     def model(self) -> Mapping[str, Any]:

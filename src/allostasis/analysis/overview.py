@@ -168,7 +168,7 @@ def _note(answer: Answer) -> str:
 
 
 def _doubts(study: Study, result: Result) -> str:
-    left = doubts(result, study.arms)
+    left = doubts(result, study.results, study.arms)
     atoms = result.atoms or (result,)
     is_named = any(atom.claim.confounds for atom in atoms)
     return "; ".join(left) or ("all that was named is excluded" if is_named else "none was named")

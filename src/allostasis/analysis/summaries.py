@@ -31,7 +31,7 @@ FINAL_SHARE = 0.05  # of the steps, at the end
 DWELL = 500  # steps above a level before a curve may be called stable
 MIN_CELLS = 6  # of a factorial, with the event, for a line through them
 # parameters that the records fill; a claim's words fill the others
-READ = ("curve", "run", "cells", *TABLES)
+READ = ("curve", "run", "cells", "against", *TABLES)
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,25 @@ def scale_and_alignment(run: RunView) -> tuple[float, float]:
     return end(scale), end(alignment)
 
 
+def shared_scale_and_alignment(run: RunView, against: RunView) -> tuple[float, float]:
+    """Mean log logit scale and mean log alignment of held-out examples that both arms answer.
+
+    The last position of each held-out sequence at the end, where this run and the same seed's of
+    the other arm both have a positive margin. Against a control, kappa is the loss of the one over
+    the gain of the other, from control to treatment, on the same examples.
+    """
+    if run.test_sha256 != against.test_sha256:
+        runs = f"{run.run_id} and {against.run_id}"
+        raise UndefinedError(f"{runs} were tested on different sequences")
+    terms = run.example_values(("margin", "logit_scale"))
+    margin, scale = terms["margin"], terms["logit_scale"]
+    others = against.example_values(("margin",))["margin"].reindex(margin.index)
+    both = (margin > 0) & (others > 0)
+    if not both.any():
+        raise UndefinedError("no example has a positive margin in both arms")
+    return float(np.log(scale[both]).mean()), float(np.log(margin[both] / scale[both]).mean())
+
+
 def crosses_first(run: RunView, start: str, end: str) -> float:
     """1 where alignment is half-way between its values at two events before the logit scale is.
 
@@ -329,16 +348,25 @@ class Summary:
         return "curve" in inspect.signature(self.function).parameters
 
     @property
+    def reads_both(self) -> bool:
+        """Whether it needs the same seed's run of the arm that is compared with."""
+        return "against" in inspect.signature(self.function).parameters
+
+    @property
     def prompts(self) -> Table | None:
         """The table of single prompts that it reads, or None where it reads the run."""
         first = next(iter(inspect.signature(self.function).parameters))
         return next((table for table in TABLES if table == first), None)
 
     def __call__(
-        self, run: RunView, curve: Curve | None, cells: Sequence[RunView] = ()
+        self,
+        run: RunView,
+        curve: Curve | None,
+        cells: Sequence[RunView] = (),
+        against: RunView | None = None,
     ) -> float | Time | tuple[float, float]:
-        """Reduce one run, or one seed's runs in the cells of a factorial."""
-        given = {"curve": curve, "run": run, "cells": cells}
+        """Reduce one run, beside another arm's, or one seed's runs in the cells of a factorial."""
+        given = {"curve": curve, "run": run, "cells": cells, "against": against}
         parameters = inspect.signature(self.function).parameters
         return self.function(*(given[p] for p in parameters if p in READ), *self.arguments)
 

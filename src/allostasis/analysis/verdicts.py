@@ -264,13 +264,16 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str, earlier: Sequence[i
             treatments = {"": treatment}
         else:
             arm, unlike = shown(arms, claim.arms.treatment, claim.settings)
-            treatments, control, used = _units(claim, arm, arms), None, [arm]
+            other, control, used = None, None, [arm]
             if claim.arms.control is not None:
                 same_device = [other for other in arms if other.device == arm.device]
                 other, also_unlike = shown(same_device, claim.arms.control, claim.settings)
                 check_widths(claim, arm, other)
-                control, unlike = summarise(claim, other), unlike or also_unlike
+                unlike = unlike or also_unlike
                 used.append(other)
+            treatments = _units(claim, arm, arms, other)
+            if other is not None:
+                control = summarise(claim, other, against=arm)
                 if claim.estimand is not None and claim.estimand.of not in UNPAIRED:
                     treatment, control = pair(treatments[""], control)
                     treatments = {"": treatment}
@@ -282,6 +285,12 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str, earlier: Sequence[i
                 raise UndefinedError(
                     f"inert: the intervention of {side.name} is undone where it stands, so that "
                     "nothing about it can be told"
+                )
+            if _reads_accuracy(claim) and any(run.is_argmax_inert for run in side.runs):
+                raise UndefinedError(
+                    f"argmax_inert: no scale can change a prediction where the intervention of "
+                    f"{side.name} stands, so that accuracy tells nothing about it; cross-entropy "
+                    "and what training makes of it do"
                 )
             if first.unit == "seed" and side.is_inert():
                 raise UndefinedError(
@@ -310,13 +319,18 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str, earlier: Sequence[i
     )
 
 
-def _units(claim: Claim, arm: Arm, arms: Sequence[Arm]) -> dict[str, Sample]:
+def _reads_accuracy(claim: Claim) -> bool:
+    metric = None if claim.select is None else claim.select.metric
+    return metric is not None and metric.partition(".")[0] == "accuracy"
+
+
+def _units(claim: Claim, arm: Arm, arms: Sequence[Arm], against: Arm | None) -> dict[str, Sample]:
     """What a claim's units are reduced to: one sample, or one a depth, by name."""
     assert claim.estimand is not None
     if claim.estimand.unit == "cluster":
         return clusters.samples(claim, arm)
     cells = [a for a in arms if (a.condition, a.device) == (arm.condition, arm.device)]
-    return {"": summarise(claim, arm, cells)}
+    return {"": summarise(claim, arm, cells, against)}
 
 
 def _interval(inference: Inference, level: float) -> Interval | None:

@@ -11,6 +11,7 @@ import numpy as np
 from allostasis.analysis import summaries
 from allostasis.analysis.aggregate import Arm, Sample, selected
 from allostasis.analysis.claims import Claim, Select
+from allostasis.analysis.confounds import confounds
 from allostasis.analysis.families import units_of
 from allostasis.analysis.text import bracket, counted, number
 from allostasis.analysis.verdicts import CHANGED, Result
@@ -91,6 +92,7 @@ def _lines(
 ) -> list[tuple[str, str]]:
     claim = result.claim
     lines = [("source", claim.source), ("status", claim.status)]
+    lines += [] if claim.remark is None else [("remark", claim.remark)]
     if claim.all_of:
         parts = ", ".join(f"{a.claim.id} ({a.verdict.word})" for a in result.atoms)
         lines.append(("claimed", f"all of {parts}"))
@@ -98,7 +100,8 @@ def _lines(
         lines += [("claimed", claimed(claim)), ("definition", definition(claim))]
         lines += _measured(result)
     if claim.confounds:
-        lines.append(("confounds", "; ".join(_confounds(claim, arms))))
+        named = confounds(result, by_id.values(), arms)
+        lines.append(("confounds", "; ".join(f"{c.name}: {c.told}" for c in named)))
     lines += _parametrisation(result)
     lines += _looks(result)
     lines += _beside(result, by_id)
@@ -275,27 +278,13 @@ def _clusters(sample: Sample) -> str:
     return f"{text}; left out: {'; '.join(left_out)}" if left_out else text
 
 
-def _confounds(claim: Claim, arms: Sequence[Arm]) -> list[str]:
-    run = {arm.condition for arm in arms if arm.runs}
-    words = []
-    for name, arm in claim.confounds.items():
-        plain = name.replace("_", " ")
-        if arm is None:
-            words.append(f"{plain}: not excluded")
-        elif arm in run:
-            words.append(f"{plain}: excluded by {arm}")
-        else:
-            words.append(f"{plain}: not excluded (arm '{arm}' was not run)")
-    return words
-
-
-def doubts(result: Result, arms: Sequence[Arm]) -> list[str]:
+def doubts(result: Result, results: Sequence[Result], arms: Sequence[Arm]) -> list[str]:
     """What could still be wrong with a verdict: what is not excluded, in a few words each."""
     if result.claim.all_of:
-        parts = [word for atom in result.atoms for word in doubts(atom, arms)]
+        parts = [word for atom in result.atoms for word in doubts(atom, results, arms)]
         return list(dict.fromkeys(parts))
-    found = [word for word in _confounds(result.claim, arms) if "not excluded" in word]
-    found = [word.removesuffix(": not excluded") for word in found]
+    open_ones = [c for c in confounds(result, results, arms) if not c.is_excluded]
+    found = [f"{c.name}: {c.told}".removesuffix(": not excluded") for c in open_ones]
     found += [text for _, text in _parametrisation(result)]
     left_out = {} if result.treatment is None else result.treatment.undefined
     if left_out:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from allostasis.core.records import write_atomically
 
+RESUME = "resume.ckpt"
+"""Name of the resume point in a run's checkpoints/."""
+
 
 class Milestones(Protocol):
     """What a LightningModule offers so that its milestones are kept."""
@@ -48,7 +51,7 @@ class Checkpoints(Callback):
     @property
     def resume_path(self) -> Path:
         """Where the resume point lies, if there is one."""
-        return self.folder / "resume.ckpt"
+        return self.folder / RESUME
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Keep the weights before the first update."""

@@ -98,10 +98,14 @@ class RunFile:
         return self.content.get("status")
 
     def start(self, facts: Mapping[str, Any]) -> None:
-        """Write the run's facts with status `running`; earlier sessions of this run are kept."""
+        """Write the run's facts with status `running`.
+
+        What earlier sessions of this run noted stays until it is noted anew: a run that goes on
+        does not show its treatment's effect again.
+        """
         sessions = [*self.content.get("sessions", []), {"started": now(), "ended": None}]
         head, dirty = commit()
-        self.content = {
+        self.content |= {
             "schema_version": 1,
             **facts,
             "status": "running",
@@ -117,6 +121,11 @@ class RunFile:
             "error": None,
             "pip_freeze": list(installed()),
         }
+        write_json(self.path, self.content)
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Write facts as soon as they are known, for a session that may be killed."""
+        self.content |= facts
         write_json(self.path, self.content)
 
     def elapsed(self) -> float:

@@ -188,11 +188,15 @@ class SequenceTraining(L.LightningModule):
 
     def _pieces(self, sequences: Sequences, width: int | None = None) -> Iterator[Sequences]:
         """Some sequences at a time, each ready to be read."""
-        size = max(1, CELLS // (sequences.tokens.shape[1] * (width or self.model.vocab_size)))
+        size = self.at_once(sequences.tokens.shape[1] * (width or self.model.vocab_size))
         for begin in range(0, len(sequences), size):
             part = sequences.part(slice(begin, begin + size)).to(self.device)
             self.prepare(part)
             yield part
+
+    def at_once(self, cells: int) -> int:
+        """How many sequences of so many numbers each are read together."""
+        return max(1, CELLS // cells)
 
     def snapshots(self, hooks: Sequence[str], *, full: bool) -> Iterator[Snapshot]:
         """Train and held-out tokens; with `full` also the probe, the class probe and the weights.
@@ -207,14 +211,15 @@ class SequenceTraining(L.LightningModule):
             return
         weights = self.model.weights()
         sites = self.model.normalised_sites
-        probe = self.task.probe.to(self.device)
-        self.prepare(probe)
         with torch.no_grad():
-            _, cache = self.model.run_with_cache(probe.tokens, names_filter=list(hooks))
+            caches = [
+                self.model.run_with_cache(part.tokens, names_filter=list(hooks))[1]
+                for part in self._pieces(self.task.probe, width=self.model.d_model)
+            ]
+        acts = {name: torch.cat([cache[name] for cache in caches]) for name in caches[0]}
         yield Snapshot(
-            step=self.updates, split="probe", acts=dict(cache), weights=weights,
-            normalised_sites=sites,
-        )  # fmt: skip
+            step=self.updates, split="probe", acts=acts, weights=weights, normalised_sites=sites
+        )
         yield self._class_snapshot([hook for hook in hooks if _is_stream(hook)])
         grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         yield Snapshot(
@@ -351,13 +356,14 @@ class SequenceTraining(L.LightningModule):
             "updates": self.updates,
             "before": self._before,
             "crossed": dict(self._crossed),
+            "final": dict(self._final),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up where `on_save_checkpoint` left off."""
         state = checkpoint["sequence_training"]
         self.updates, self._before = state["updates"], state["before"]
-        self._crossed = dict(state["crossed"])
+        self._crossed, self._final = dict(state["crossed"]), dict(state["final"])
 
 
 def streams(model: ToyTransformer, tokens: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:

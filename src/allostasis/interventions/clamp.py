@@ -17,6 +17,7 @@ Kind = Literal["none", "norm", "spread", "class", "placebo"]
 Statistic = Literal["token", "batch"]
 Phase = Literal["train_and_eval", "eval_only"]
 Labels = Literal["true", "shuffled"]
+Source = Literal["reference", "own"]
 
 
 class InertError(ValueError):
@@ -185,15 +186,19 @@ class Plan:
         kind: `none`; `norm`, the naive clamp; `spread`, the mean-preserving one; `class`;
             `placebo`.
         site: Hook point of calibration, clamp and log.
-        statistic: `token`, or the documents' `batch` form.
+        statistic: `token`, or the documents' `batch` form, which is evaluated in batches of the
+            size that was trained with and labelled `batch_dependent`.
         phase: `train_and_eval`, or `eval_only`: on the trained model of the arm without the clamp.
-        target: The reference, or `reference*<factor>`: no number of another run stands here.
+        target: The reference, or `reference*<factor>`: no number of another run stands here. Of
+            `class` also `own*<factor>`: that much of the RMS which the trained model has itself,
+            so that sqrt(1/2) halves its variance.
         between: Of `class`: whether variance between classes is set.
         within: Of `class`: whether variance within classes is set.
         labels: Of `class`: `true`, or `shuffled` among tokens.
 
     Raises:
-        ValueError: The target is written otherwise, or a class clamp is to be trained under.
+        ValueError: The target is written otherwise or does not fit the kind, or a class clamp is
+            to be trained under.
     """
 
     def __init__(
@@ -211,55 +216,63 @@ class Plan:
         self.kind: Kind = kind
         self.statistic: Statistic = statistic
         self.site, self.phase = site, phase
-        self.factor = parse_target(target)
+        self.source, self.factor = parse_target(target)
         self.between, self.within, self.labels = between, within, labels
         if kind in {"class", "placebo"} and phase != "eval_only":
             raise ValueError(
                 f"clamp.kind={kind} needs clamp.phase=eval_only: it is calibrated on a trained "
                 "model" + (", and would hand the answer to one in training" * (kind == "class"))
             )
+        if self.source == "own" and kind != "class":
+            raise ValueError(
+                f"clamp.target={target!r} fits clamp.kind=class alone, not {kind}: other clamps "
+                "set what the control has"
+            )
 
 
-def parse_target(target: str) -> Annotated[float, Gt(0)]:
-    """The factor of a clamp's target.
+def parse_target(target: str) -> tuple[Source, Annotated[float, Gt(0)]]:
+    """Whose statistic a clamp sets, and the factor.
 
     Raises:
-        ValueError: It is no reference: a number would be taken from somewhere else.
+        ValueError: It is neither: a number would be taken from somewhere else.
 
     Example:
-        >>> parse_target("reference"), parse_target("reference*0.6")
-        (1.0, 0.6)
+        >>> parse_target("reference"), parse_target("reference*0.6"), parse_target("own*0.5")
+        (('reference', 1.0), ('reference', 0.6), ('own', 0.5))
     """
     name, star, factor = target.replace(" ", "").partition("*")
     try:
         value = float(factor) if star else 1.0
     except ValueError:
         value = -1.0
-    if name != "reference" or value <= 0:
-        raise ValueError(
-            f"clamp.target={target!r}: allowed are 'reference' and 'reference*<factor>', factor "
-            "> 0. The reference is measured on the control arm of the same seed; a number here "
-            "would be of no run."
-        )
-    return value
+    if value > 0 and (name == "reference" or (name == "own" and star)):
+        return ("own" if name == "own" else "reference"), value
+    raise ValueError(
+        f"clamp.target={target!r}: allowed are 'reference' and 'reference*<factor>', and for "
+        "clamp.kind=class 'own*<factor>', factor > 0. The reference is measured on the control "
+        "arm of the same seed, own on the model that is clamped; a number here would be of no run."
+    )
 
 
-def check_site(site: str, sites: dict[str, Site], *, kind: Kind, norm: str) -> str:
-    """What a site does to a clamp of a kind.
+def site_labels(
+    site: str, sites: dict[str, Site], *, kind: Kind, norm: str, statistic: Statistic = "token"
+) -> tuple[str, ...]:
+    """What a site does to a clamp of a kind, and whether it depends on a token's batch.
 
     Args:
         site: The hook point.
         sites: What the model says of its own.
         kind: Of the clamp.
         norm: The model's norm.
+        statistic: Of the clamp.
 
     Returns:
-        A label: "" where size is free there; `pinned` at a norm's output; `argmax_inert` where the
-        bias-free unembedding alone reads it and a scale per token changes no prediction.
+        Labels, none where size is free and a token's own: `inert` where every reader normalises
+        what the clamp does away; `pinned` at a norm's output; `argmax_inert` where the bias-free
+        unembedding alone reads it and a positive scale changes no prediction; `batch_dependent`.
 
     Raises:
         ValueError: The model has no such site.
-        InertError: Every reader normalises what the clamp does away.
     """
     if site not in sites:
         raise ValueError(
@@ -267,17 +280,35 @@ def check_site(site: str, sites: dict[str, Site], *, kind: Kind, norm: str) -> s
             f"{', '.join(sites)}"
         )
     here = sites[site]
-    undone = kind == "norm" or (kind == "spread" and norm != "rms")
-    if here.all_readers_normalise and undone:
+    # a LayerNorm takes away a token's own mean, no norm the mean vector that the batch form keeps
+    undone = kind == "norm" or (kind == "spread" and statistic == "token" and norm != "rms")
+    labels = {
+        "inert": here.all_readers_normalise and undone,
+        "pinned": here.norm_before,
+        "argmax_inert": here.feeds_unembed and kind == "norm",
+        "batch_dependent": statistic == "batch",
+    }
+    return tuple(label for label, holds in labels.items() if holds)
+
+
+def check_site(
+    site: str, sites: dict[str, Site], *, kind: Kind, norm: str, statistic: Statistic = "token"
+) -> tuple[str, ...]:
+    """`site_labels` of a clamp that may stand there.
+
+    Raises:
+        ValueError: The model has no such site.
+        InertError: Every reader normalises what the clamp does away.
+    """
+    labels = site_labels(site, sites, kind=kind, norm=norm, statistic=statistic)
+    if "inert" in labels:
         raise InertError(
             f"clamp.kind={kind} at {site} is inert: whatever reads that site passes it through a "
             f"{'RMSNorm' if norm == 'rms' else 'LayerNorm'} first, which undoes a positive scale "
             "per token (LN(c r) = LN(r)). Clamp where the stream itself is read, for example at "
             f"{_free(sites)}; allow_inert=true runs it all the same, labelled inert."
         )
-    if here.norm_before:
-        return "pinned"
-    return "argmax_inert" if here.feeds_unembed and kind == "norm" else ""
+    return labels
 
 
 def _free(sites: dict[str, Site]) -> str:

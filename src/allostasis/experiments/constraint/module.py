@@ -30,6 +30,7 @@ from allostasis.interventions.clamp import (
     SpreadClamp,
     check_site,
     quiet_directions,
+    site_labels,
 )
 from allostasis.interventions.freeze import Freeze, FreezeKind
 from allostasis.models.readout import readout_loss
@@ -39,6 +40,7 @@ from allostasis.tasks.sequences import Sequences, SequenceTask
 log = logging.getLogger(__name__)
 
 INERT = 1e-6  # largest change of a logit or a gradient that is none
+UNDONE = 0.01  # of the largest logit: more than this is not the epsilon of a norm that undoes it
 PROVEN_ON = 8  # sequences
 TRAINED: Literal["constraint"] = "constraint"
 """The arm whose trained model an `eval_only` clamp is put on."""
@@ -69,7 +71,8 @@ class Constraint(SequenceTraining):
         schedule: What it does after that.
 
     Raises:
-        ValueError: The freeze or the clamp does not fit the model.
+        ValueError: The freeze or the clamp does not fit the model, or the task's calibration split
+            is too small for a class clamp.
         InertError: The clamp stands where a norm undoes it, and `allow_inert` is off.
     """
 
@@ -107,28 +110,51 @@ class Constraint(SequenceTraining):
         self.plan = clamp or Plan()
         self.frozen = Freeze(dict(model.named_parameters()), kind=freeze, heads=list(frozen_heads))
         self.allow_inert = allow_inert
-        self.label = self._check_site()
+        self.labels = self._check_site()
+        self._n_together = len(task.train_batch(0)) if self.is_by_batch else None
         self.attached: Attached | None = None
         if self.plan.kind != "none" and "control" not in reads:
             raise ValueError("a clamp takes its target from the control arm; put it into `reads`")
+        if self.plan.kind == "class":  # told here, before the runs that this one reads are made
+            calibrate.check_classes(task.calibration, task.n_classes)
 
-    def _check_site(self) -> str:
-        if self.plan.kind == "none":
-            return ""
+    @property
+    def is_by_batch(self) -> bool:
+        """Whether what a clamp does to a token depends on the batch that it comes in."""
+        return self.plan.kind != "none" and self.plan.statistic == "batch"
+
+    @property
+    def label(self) -> str:
+        """What run.json says of the clamp's site and form; empty where there is nothing to say."""
+        return ", ".join(self.labels)
+
+    def at_once(self, cells: int) -> int:
+        """How many sequences are read together: under a clamp by batch, as many as in training.
+
+        The last batch of a set, or the only one of a small set, can be smaller.
+        """
+        return self._n_together or super().at_once(cells)
+
+    def _check_site(self) -> tuple[str, ...]:
+        plan = self.plan
+        if plan.kind == "none":
+            return ()
+        how: dict[str, Any] = {
+            "kind": plan.kind, "norm": self.model.norm, "statistic": plan.statistic,
+        }  # fmt: skip
+        labels = site_labels(plan.site, self.model.sites(), **how)
         try:
-            sites = self.model.sites()
-            label = check_site(self.plan.site, sites, kind=self.plan.kind, norm=self.model.norm)
+            check_site(plan.site, self.model.sites(), **how)
         except InertError as error:
             if not self.allow_inert:
                 raise
             log.warning("%s", error)
-            return "inert"
-        if label == "pinned":
+        if "pinned" in labels:
             log.warning(
                 "%s is a norm's output: amplitude is pinned there, whatever is done to it",
-                self.plan.site,
+                plan.site,
             )
-        return label
+        return labels
 
     # ------------------------------------------------------------------ other runs
 
@@ -159,7 +185,9 @@ class Constraint(SequenceTraining):
         clamp, facts = self._clamp(control, base)
         self.attached = Attached(clamp)
         self.model.add_hook(site, self.attached, is_permanent=True)
-        return told | {"clamp": facts | {"site": site, "label": self.label}}
+        if self._n_together is not None:
+            facts["sequences_a_batch"] = self._n_together
+        return told | {"clamp": facts | {"site": site}}
 
     def _trained(self, record: RunRecord) -> ToyTransformer:
         model = copy.deepcopy(self.model)
@@ -198,8 +226,9 @@ class Constraint(SequenceTraining):
             base, self.task.calibration, self.plan.site, n_classes=self.task.n_classes
         )
         assert own.class_means is not None
+        aim = own if self.plan.source == "own" else control
         factors = {
-            name: self.plan.factor * getattr(control, name) / getattr(own, name) if is_set else 1.0
+            name: self.plan.factor * getattr(aim, name) / getattr(own, name) if is_set else 1.0
             for name, is_set in (("between", self.plan.between), ("within", self.plan.within))
         }
         clamp = ClassClamp(means=own.class_means, mean=own.mean, **factors)
@@ -269,7 +298,10 @@ class Constraint(SequenceTraining):
                     f"{INERT:g}: an arm with it would be its control again. allow_inert=true runs "
                     "it all the same, labelled inert."
                 )
-            self.label = "inert"
+            self.labels = ("inert", *(label for label in self.labels if label != "inert"))
+        if facts["effect_logits"] > UNDONE * float(off_logits.abs().max()):
+            # a norm does not undo what is so small that its epsilon counts
+            self.labels = tuple(label for label in self.labels if label != "inert")
         if is_identity and moved > 1e-4:
             raise RuntimeError(f"the identity clamp changes the output by {moved:.1e}")
         return facts | {"label": self.label}
@@ -324,11 +356,13 @@ class Constraint(SequenceTraining):
     # ------------------------------------------------------------------ survival
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add where the frozen weights began."""
+        """Add where the frozen weights began and what the proof of effect found."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["labels"] = self.labels
         checkpoint["freeze"] = self.frozen.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up where `on_save_checkpoint` left off."""
         super().on_load_checkpoint(checkpoint)
+        self.labels = checkpoint["labels"]
         self.frozen.load_state_dict(checkpoint["freeze"])

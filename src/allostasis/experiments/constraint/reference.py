@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
+from scipy.special import gammainccinv
 from torch import Tensor
 
 from allostasis.engines.sequence_training import streams
@@ -18,6 +19,7 @@ from allostasis.tasks.sequences import Sequences
 AT_ONCE = 64  # sequences
 FEWEST = 8  # tokens of a class, under which its mean is not known
 PROBES = 64  # random directions of the output
+MISSED = 0.001  # how often a split of the size that is advised may still lack a class
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,8 @@ def measure(
         model: With its weights, and without hooks.
         sequences: The calibration split.
         site: Hook point.
-        n_classes: Classes of the targets at headline positions; None: classes are not wanted.
-
-    Raises:
-        ValueError: A class has too few tokens for a mean.
+        n_classes: Classes of the targets at headline positions, each with enough tokens for a mean
+            (`check_classes`); None: classes are not wanted.
     """
     parts = list(_read(model, sequences, site))
     tokens = torch.cat([values.flatten(0, 1) for values, _ in parts]).double()
@@ -102,6 +102,42 @@ def measure(
     )
 
 
+def check_classes(sequences: Sequences, n_classes: int) -> None:
+    """Refuse a calibration split in which a class has too few tokens for a mean.
+
+    Raises:
+        ValueError: It has; the message says about how many tokens would do.
+    """
+    counted = sequences.groups[sequences.headline]
+    labels = sequences.targets[counted]
+    counts = torch.bincount(labels, minlength=n_classes)
+    few = int((counts < FEWEST).sum())
+    if few == 0:
+        return
+    raise ValueError(
+        f"{few} of {n_classes} classes have fewer than {FEWEST} of the {sequences.n_tokens} tokens "
+        f"of the calibration split, and a class needs {FEWEST} for a mean; about "
+        f"{_tokens_for(sequences, n_classes)} tokens would do (task.n_calibration, or "
+        "task.train_frac where the split is the training set). Or take fewer classes: "
+        "preset=quick, a smaller task.vocab_size or task=modular_sequences"
+    )
+
+
+def _tokens_for(sequences: Sequences, n_classes: int) -> int:
+    """Tokens of a split in which every class likely has FEWEST.
+
+    A sequence repeats what it draws, so that draws are counted, not tokens: n draws fall on a class
+    Poisson(n / n_classes) times, and each brings at least as many tokens as the poorest one here.
+    """
+    counted = sequences.groups[sequences.headline]
+    sequence = torch.arange(len(sequences))[:, None].expand_as(counted)[counted]
+    _, tokens = torch.unique(sequence * n_classes + sequences.targets[counted], return_counts=True)
+    draws = math.ceil(FEWEST / int(tokens.min()))
+    # so many draws a class that P(Poisson < draws) = MISSED / n_classes
+    a_class = float(gammainccinv(draws, MISSED / n_classes))
+    return math.ceil(a_class * n_classes * sequences.n_tokens / len(tokens))
+
+
 def _read(
     model: ToyTransformer, sequences: Sequences, site: str
 ) -> Iterator[tuple[Tensor, Sequences]]:
@@ -114,13 +150,6 @@ def _classes(
     rows: Float64[Tensor, "token d_model"], labels: Int64[Tensor, " token"], n_classes: int
 ) -> ClassMeans:
     counts = torch.bincount(labels, minlength=n_classes)
-    if int(counts.min()) < FEWEST:
-        raise ValueError(
-            f"class {int(counts.argmin())} has {int(counts.min())} tokens in the calibration split "
-            f"and needs {FEWEST} for a mean; raise task.n_calibration to about "
-            f"{math.ceil(4 * FEWEST * n_classes * len(rows) / max(1, int(counts.sum())))} or "
-            "take a smaller vocabulary"
-        )
     sums = torch.zeros(n_classes, rows.shape[1], dtype=rows.dtype, device=rows.device)
     means = sums.index_add_(0, labels, rows) / counts[:, None]
     shift = means - rows.mean(dim=0)

@@ -90,8 +90,10 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
         Figure(
             "variance",
             "Variance by arm",
-            "Of the stream behind the last block, at the last position, by the token that is right "
-            "there. Clamped arms of phase eval_only are the trained model of `constraint`.",
+            "Of the stream behind the last block. The published variance is over all tokens of the "
+            "probe; those within and between classes are at the last position of the class probe, "
+            "by the token that is right there. Clamped arms of phase eval_only are the trained "
+            "model of `constraint`.",
             partial(plot_box_plots_variance, arms, metrics=(VARIANCE, WITHIN, BETWEEN)),
         ),
         Figure(
@@ -206,11 +208,11 @@ def clamp_tables(arms: Sequence[Arm]) -> list[Table]:
         clamp, effect = run.run.get("clamp"), run.run.get("effect") or {}
         if not clamp or "effect_logits" not in effect:
             continue
-        skipped = {"site", "label"}
+        skipped = {"site", "label"}  # the label is the proof's
         rows.append((
             arm.condition,
             str(clamp["site"]),
-            ", ".join(f"{k} {number(v)}" for k, v in clamp.items() if k not in skipped),
+            ", ".join(f"{k} {number(float(v))}" for k, v in clamp.items() if k not in skipped),
             number(effect["effect_logits"]),
             number(effect["effect_gradient"]),
             f"{effect['effect_argmax']:.1%}",
@@ -223,6 +225,8 @@ def clamp_tables(arms: Sequence[Arm]) -> list[Table]:
     note = (
         "First seed. The clamp switched on and off on eight calibration sequences, from equal "
         "weights: those at step 0, or the trained ones of an arm that trains nothing. `pinned`: "
-        "the site is a norm's output; `argmax_inert`: no scale there can change a prediction."
+        "the site is a norm's output; `argmax_inert`: no scale there can change a prediction; "
+        "`batch_dependent`: what it does to a token depends on its batch, so that it is evaluated "
+        "in batches of the size that was trained with."
     )
     return [Table("What the clamps do", heads, tuple(rows), note)] if rows else []

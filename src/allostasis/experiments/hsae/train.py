@@ -283,6 +283,16 @@ class HsaeTrain(Training):
         """Keep the readings for the summary."""
         self._latest = dict(readings)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the readings that the summary tells."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hsae"]["latest"] = dict(self._latest)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up where `on_save_checkpoint` left off."""
+        super().on_load_checkpoint(checkpoint)
+        self._latest = dict(checkpoint["hsae"]["latest"])
+
     def milestones(self) -> dict[int, dict[str, Tensor]]:
         """Weights at `evaluate_at`, by step, each handed out once."""
         due, self._milestones = self._milestones, {}
