@@ -168,6 +168,45 @@ def test_ablations_differ_from_the_taught_arm_in_one_thing(tmp_path: Path) -> No
     assert (exported["k"], exported["k_child"]) == (2, 2)
 
 
+@pytest.fixture(scope="module")
+def tiny_model() -> Any:
+    from allostasis.models.lens import pretrained
+
+    return pretrained(arch="llama")
+
+
+def of_a_tiny_model(model: Any, cache: Path, **settings: Any) -> Any:
+    """The module of a run on some 1,800 training rows of a tiny language model."""
+    from allostasis.experiments.hsae.train import HsaeTrain
+    from allostasis.tasks.activations import ActivationDataModule
+
+    task = ActivationDataModule(seed=0, n_tokens=2000, window=48, folder=str(cache), batch_size=64)
+    given = {"reads_of": {"hsae_teacher": "causal"}, "m": 6, "c": 3, "s": 4, "max_steps": 10}
+    return HsaeTrain(model=model, task=task, **(given | settings))
+
+
+@pytest.mark.parametrize("kind", ["hsae", "topk"])
+def test_transformer_lens_finds_the_hook_of_a_run_s_autoencoder(
+    kind: str, tiny_model: Any, tmp_path: Path
+) -> None:
+    from allostasis.models import lens, sae
+
+    reads = [] if kind == "hsae" else ["baseline"]
+    module = of_a_tiny_model(tiny_model, tmp_path / "cache", kind=kind, reads=reads)
+    module.write_sae(tmp_path / "sae", "some run")
+    cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
+    assert (cfg["hook_name"], cfg["task_hook"]) == ("unembed.hook_in", "unembed_input")
+    bridge: Any = lens.bridge(tiny_model)
+    bridge.__class__ = sae.SAETransformerBridge
+    bridge._acts_to_saes, bridge._transcoder_output_hooks = {}, {}
+    found, ids = sae.load(tmp_path / "sae"), torch.arange(10)[None] + 5
+    read = lens.unembed_input(tiny_model, ids)
+    with torch.no_grad():
+        expected = tiny_model.decoder.unembed(found(read))
+        assert (expected - bridge(ids)).abs().max() > 1e-3
+        assert torch.allclose(bridge.run_with_saes(ids, saes=[found]), expected, atol=1e-4)
+
+
 def test_arms_differ_in_what_sets_them_apart_alone() -> None:
     own = {"condition", "module.kind", "module.start", "module.teacher", "module.reads",
            "module.reads_of.hsae_teacher", "module.k", "module.k_child"}  # fmt: skip

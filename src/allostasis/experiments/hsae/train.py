@@ -310,9 +310,12 @@ class HsaeTrain(Training):
         for name, frame in tables.items():
             table = pa.Table.from_pandas(frame.assign(run_id=run_id), preserve_index=False)
             write_table(folder / f"{name}.parquet", table, table.schema, nullable=True)
+        self.write_sae(folder / "sae", run_id)
+
+    def write_sae(self, folder: Path, run_id: str) -> None:
+        """Write the autoencoder in SAELens's layout, with the hook that it is for."""
         export(
-            self.model, folder / "sae", hook_name=self.hook, model_name=self.model_name,
-            run_id=run_id,
+            self.model, folder, hook_name=self.hook, model_name=self.model_name, run_id=run_id
         )  # fmt: skip
 
     def _match_table(self) -> pd.DataFrame:
