@@ -276,3 +276,19 @@ def test_a_rotated_teacher_keeps_its_angles_and_nothing_else() -> None:
     # children lost their parent's part under the causal inner product
     inner = gram(plain)[0, 3:5]
     assert inner.abs().max() < 1e-4
+
+
+def test_k_means_begins_with_clusters_and_not_with_the_mean_that_they_have_in_common() -> None:
+    from allostasis.experiments.hsae.arms import of_kmeans
+
+    generator = torch.Generator().manual_seed(0)
+    centres = 4 * torch.eye(5, 12)
+    rows = centres.repeat(100, 1) + 0.1 * torch.randn(500, 12, generator=generator)
+    start = of_kmeans(rows + 30.0, m=5, c=2, seed=0)
+    # a planted centre less the mean of all of them, one parent each
+    wanted = centres - centres.mean(dim=0)
+    cosine = torch.cosine_similarity(start.parents[:, None], wanted[None], dim=-1)
+    assert (cosine.max(dim=0).values > 0.99).all()
+    assert (cosine.max(dim=1).values > 0.99).all()
+    assert start.mask.all()
+    assert start.children.shape == (5, 2, 12)
