@@ -300,6 +300,50 @@ def test_every_direction_has_the_gain_that_was_asked_for_or_says_why_not(steered
     assert float((p * (p / q).log()).sum(dim=1).mean()) == pytest.approx(row["leakage"], abs=1e-5)
 
 
+def test_two_contexts_and_one_random_direction_give_no_effect_size_and_all_else(
+    steered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steered, "n_contexts", 2)
+    monkeypatch.setattr(steered, "n_random", 1)
+    tables = steered.test_step(0, 0)["tables"]
+    assert tables["steering"]["reached"].any()
+    assert tables["steering"]["hedges_g"].isna().all()
+    names = set(tables["metrics"]["metric"])
+    assert "steering_leakage" in names
+    assert "steering_hedges_g" not in names
+
+
+def test_a_random_direction_is_compared_with_the_other_ones(
+    steered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two draws, each is held against the other: with itself among them it would be nearer."""
+    from allostasis.experiments.hsae.sources import Concept, Source
+
+    rng = np.random.default_rng(0)
+    d = steered.task.d_model
+    draws = [
+        Source("random", torch.from_numpy(one / np.linalg.norm(one)), draw=at)
+        for at, one in enumerate(rng.standard_normal((2, d)))
+    ]
+    steered.test_step(0, 0)
+    targets = steered.table.ids(10, "test")
+    concept = Concept("p10", 10, None, targets, steered.table.ids(10), targets[:0], targets[:0])
+    chances = []
+    outcomes = steered._outcomes
+
+    def noted(concept: Any, effect: Any, alpha: float, controls: Any, chance: Any) -> Any:
+        chances.append((effect, chance))
+        return outcomes(concept, effect, alpha, controls, chance)
+
+    monkeypatch.setattr(steered, "_outcomes", noted)
+    monkeypatch.setattr(steered, "gains", (0.001,))
+    steered._concept(concept, draws)
+    assert chances
+    for effect, chance in chances:
+        (other,) = chance
+        assert not torch.equal(other, effect)
+
+
 def test_a_planted_teacher_is_where_the_autoencoder_begins(steered: Any) -> None:
     """The atom that a parent was planted as is the teacher's own direction."""
     metric = steered.teacher.metric

@@ -278,6 +278,41 @@ def test_a_rotated_teacher_keeps_its_angles_and_nothing_else() -> None:
     assert inner.abs().max() < 1e-4
 
 
+def test_an_update_that_nothing_evaluates_is_refused(tmp_path: Path) -> None:
+    from hydra.errors import InstantiationException
+
+    for steps in ("[20,60]", "[25]", "[0]"):
+        with pytest.raises((ValueError, InstantiationException), match="nothing is evaluated at"):
+            run(tmp_path / "refused", f"module.evaluate_at={steps}")
+
+
+def test_more_updates_than_the_data_hold_are_refused_before_the_first(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    from allostasis.tasks.activations import ActivationDataModule
+
+    cache = tmp_path / "cache"
+    task = ActivationDataModule(seed=0, n_tokens=2000, window=48, folder=str(cache), batch_size=64)
+    task.prepare(tiny_model)
+    most = 8 * (task.n_train // 64)
+    of_a_tiny_model(tiny_model, cache, max_steps=most, chunk=most, eval_every=most,
+                    log_grad_every=most)  # fmt: skip
+    with pytest.raises(ValueError, match=rf"hold {most} batches of 64 in task.epochs=8"):
+        of_a_tiny_model(tiny_model, cache, max_steps=2 * most, chunk=most, eval_every=most,
+                        log_grad_every=most)  # fmt: skip
+
+
+def test_what_could_not_be_written_at_the_end_is_refused_before_rows_are_harvested(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    from allostasis.models.hsae import UnsupportedExport
+
+    d = tiny_model.decoder.d_model
+    with pytest.raises(UnsupportedExport, match="take fewer parents or children"):
+        of_a_tiny_model(tiny_model, tmp_path / "cache", m=2**20 // d, c=2**10, s=1)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_k_means_begins_with_clusters_and_not_with_the_mean_that_they_have_in_common() -> None:
     from allostasis.experiments.hsae.arms import of_kmeans
 

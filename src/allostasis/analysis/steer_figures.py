@@ -205,7 +205,7 @@ def _steering_table(table: pd.DataFrame) -> Table:
     for (arm, source, level, asked), some in table.groupby(by, sort=True):
         there = some[some["reached"]]
         cells = [
-            number(float(there[name].mean())) if len(there) else "-"
+            number(float(there[name].mean())) if there[name].notna().any() else "-"
             for name in ("leakage", "leakage_logit", "success", "log_perplexity_change", "hedges_g")
         ]
         share = f"{len(there)} of {len(some)}"

@@ -19,10 +19,11 @@ from allostasis.experiments.hsae.scoring import Activations, Scoring
 from allostasis.experiments.hsae.stages import Losses, StageA, stages
 from allostasis.experiments.hsae.training import Training
 from allostasis.metrics.base import Snapshot
-from allostasis.models.hsae import HierarchicalSAE, KernelChoice
+from allostasis.models.hsae import HierarchicalSAE, KernelChoice, check_flat
 from allostasis.models.sae import FlatSAE, SyntheticModel, export
 from allostasis.models.teacher import FILE, read_teacher
 from allostasis.models.zoo import LanguageModel
+from allostasis.tasks.activations import ActivationDataModule
 from allostasis.tasks.concepts import Selection, read_table
 from allostasis.tasks.planted_hierarchy import PlantedHierarchy
 
@@ -71,11 +72,13 @@ class HsaeTrain(Training):
         chunk: Updates between two looks at which latents are dead.
         eval_every: Updates between evaluations; a multiple of `chunk`.
         log_grad_every: Updates between looks at each loss and its gradient; likewise.
-        evaluate_at: Updates after which concepts are scored too, and weights kept.
+        evaluate_at: Updates after which concepts are scored too, and weights kept; multiples of
+            `eval_every`.
 
     Raises:
         ConfigError: A stage enables a loss that can move nothing.
-        ValueError: Settings do not go together.
+        UnsupportedExport: What is trained could not be written at the end.
+        ValueError: Settings do not go together, or the task holds fewer batches than updates.
     """
 
     hindsight: frozenset[str] = frozenset()
@@ -144,8 +147,17 @@ class HsaeTrain(Training):
         self.is_planted = isinstance(task, PlantedHierarchy)
         self.shape = {"m": m, "c": c, "s": s, "k": k, "k_child": k_child}
         self._check(reads, reads_of)
-        task.prepare(model)
         language_model = model if isinstance(model, LanguageModel) else None
+        if kind == "hsae":
+            decoder = task if language_model is None else language_model.decoder
+            check_flat(m * (1 + c), decoder.d_model)
+        task.prepare(model)
+        if isinstance(task, ActivationDataModule) and max_steps > task.n_batches:
+            raise ValueError(
+                f"module.max_steps={max_steps}: {task.n_train:,} rows of train hold "
+                f"{task.n_batches:,} batches of {task.batch_size} in task.epochs={task.epochs}. "
+                "Harvest more with task.n_tokens, or read them more often"
+            )
         self.hook = task.hook
         self.model_name = self.hook if language_model is None else language_model.title
         self.scoring = Scoring(
@@ -170,6 +182,13 @@ class HsaeTrain(Training):
         ):
             if steps % self.chunk:
                 raise ValueError(f"{name}={steps} is no multiple of chunk={self.chunk}")
+        for step in self.evaluate_at:
+            if step % self.eval_every or not 0 < step <= self.max_steps:
+                raise ValueError(
+                    f"module.evaluate_at={list(self.evaluate_at)}: nothing is evaluated at {step}, "
+                    f"only at multiples of eval_every={self.eval_every} up to "
+                    f"max_steps={self.max_steps}; name some of those, or none with []"
+                )
         if self.kind != "hsae" and not reads:
             raise ValueError(
                 f"kind={self.kind} takes its L0 from a hierarchical arm; set reads=[baseline]"
