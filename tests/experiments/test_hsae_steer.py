@@ -185,7 +185,7 @@ def test_teacher_data_are_disjoint_from_what_trains(
 
 
 @pytest.fixture(scope="module")
-def steered(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def steered(model: Any, write_hsae: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A module that has taken a run whose autoencoder begins with its teacher's vectors."""
     from allostasis.core.records import read_run
     from allostasis.experiments.hsae.steer import HSAESteer
@@ -195,70 +195,13 @@ def steered(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     task = ActivationDataModule(seed=0, n_tokens=8000, window=48, folder=str(root / "cache"))
     task.prepare(model)
     trained = root / "outputs" / "hsae_train" / "teacher_init" / "seed=0" / "cpu-bb"
-    write_runs(model, task, trained)
+    write_hsae(model, task, trained)
     module = HSAESteer(
         model=model, task=task, reads_of={"hsae_train": "teacher_init"}, gains=[0.1, 50.0],
         n_contexts=6, n_random=2, n_match=4000, n_prompts=8, n_features=6, n_controls=4, n_perm=100,
     )  # fmt: skip
     module.take({"hsae_train": read_run(trained)})
     return module
-
-
-def write_runs(model: Any, task: Any, trained: Path) -> None:
-    """A finished run of hsae_train, and the one of hsae_teacher that it has read."""
-    import pandas as pd
-
-    from allostasis.core.records import write_json
-    from allostasis.core.spaces import UnembVec, causal_metric
-    from allostasis.experiments.hsae import arms
-    from allostasis.models import sae
-    from allostasis.models.hsae import HierarchicalSAE
-    from allostasis.models.teacher import FILE, Teacher, write_teacher
-    from allostasis.tasks.concepts import ConceptTable
-
-    root = trained.parents[3]
-    common = torch.bincount(task.split("train").ids[:, 3].clamp(min=0)).argsort(descending=True)
-    ids = [int(token) for token in common if token > 3][:48]
-    sides = ["train", "train", "val", "test"]
-    rows = [
-        (name, synset, parent, f"w{token}", f"w{token}", token, sides[(place // 4) % 4])
-        for place, token in enumerate(ids)
-        for name, synset, parent in _concepts_of_a_place(place)
-    ]
-    columns = ["concept", "synset", "parent", "lemma", "form", "token_id", "split"]
-    frame = pd.DataFrame(rows, columns=columns).astype({"parent": "Int64"})
-    digest = model.identity["tokenizer_sha256"]
-    table = ConceptTable(frame, {"tokenizer_sha256": digest})
-    metric = causal_metric(UnembVec(model.decoder.W_U.detach().T.double()[4:]), metric="causal")
-    rows_of = model.decoder.W_U.detach().T.double()
-    vector = {s: rows_of[torch.from_numpy(table.ids(s))].mean(dim=0) - metric.mean
-              for s in table.names}  # fmt: skip
-    shape = (2, 2, model.decoder.d_model)
-    deltas = [[vector[p + c] - vector[p] for c in (1, 2)] for p in (10, 20)]
-    teacher = Teacher(
-        UnembVec(torch.stack([vector[10], vector[20]])),
-        UnembVec(torch.stack([torch.stack(of_one) for of_one in deltas])),
-        torch.ones(2, 2, dtype=torch.bool), (10, 20), ((11, 12), (21, 22)), metric, digest,
-        model.identity["weights_sha256"],
-    )  # fmt: skip
-    taught = root / "hsae_teacher" / "causal" / "seed=0" / "cpu-aa"
-    table.write(taught)
-    write_teacher(taught / FILE, teacher)
-    write_json(taught / "run.json", {"run_id": "hsae_teacher-causal-0-cpu-aa", "status": "done"})
-    hsae = HierarchicalSAE(seed=0, d_model=shape[2], m=4, c=2, s=2, k=2)
-    given = arms.of_teacher(teacher, m=4, c=2)
-    hsae.plant(given.parents, given.children, given.mask)
-    sae.export(hsae, trained / "sae", hook_name="unembed_input")
-    read = {"hsae_teacher": {"run_id": "hsae_teacher-causal-0-cpu-aa"}}
-    write_json(
-        trained / "run.json",
-        {"run_id": "hsae_train-x", "status": "done", "read": read, "checkpoints": {}},
-    )
-
-
-def _concepts_of_a_place(place: int) -> list[tuple[str, int, int | None]]:
-    parent, child = 10 * (1 + place % 2), 1 + (place // 2) % 2
-    return [(f"p{parent}", parent, None), (f"c{parent + child}", parent + child, parent)]
 
 
 def test_every_direction_has_the_gain_that_was_asked_for_or_says_why_not(steered: Any) -> None:
@@ -380,7 +323,7 @@ def test_steering_elsewhere_than_at_the_unembedding_is_refused(model: Any, tmp_p
 
 @pytest.mark.slow
 def test_a_run_finds_what_the_phases_before_have_made_and_reports(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, write_hsae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hydra import compose, initialize_config_dir
 
@@ -406,7 +349,7 @@ def test_a_run_finds_what_the_phases_before_have_made_and_reports(
             seed=0, n_tokens=8000, window=48, epochs=9, folder=str(tmp_path / "cache")
         )
         task.prepare(model)
-        write_runs(model, task, trained)
+        write_hsae(model, task, trained)
         for cfg in cfgs:
             folder = tmp_path / run_folder(cfg)
             content = run(cfg, folder)

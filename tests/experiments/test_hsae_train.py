@@ -313,6 +313,32 @@ def test_what_could_not_be_written_at_the_end_is_refused_before_rows_are_harvest
     assert not (tmp_path / "cache").exists()
 
 
+def test_losses_and_curves_have_the_causal_inner_product_in_every_arm(
+    tiny_model: Any, write_hsae: Any, tmp_path: Path
+) -> None:
+    from allostasis.core.records import read_run
+    from allostasis.core.spaces import UnembVec, causal_metric
+    from allostasis.experiments.hsae.clouds import kept_tokens
+
+    rows = tiny_model.decoder.W_U.detach().T.float()[kept_tokens(tiny_model)]
+    sigma = causal_metric(UnembVec(rows)).sigma
+    for arm in ("causal", "euclidean"):
+        reads_of = {"hsae_teacher": arm}
+        module = of_a_tiny_model(
+            tiny_model, tmp_path / "cache", start="teacher", teacher=arm, reads_of=reads_of,
+        )  # fmt: skip
+        trained = tmp_path / arm / "outputs" / "hsae_train" / "an_arm" / "seed=0" / "cpu-bb"
+        write_hsae(tiny_model, module.task, trained, metric=arm)
+        taught = trained.parents[3] / "hsae_teacher" / arm / "seed=0" / "cpu-aa"
+        module.take({"hsae_teacher": read_run(taught)})
+        assert torch.equal(module.sigma, sigma.float()), arm
+        assert torch.equal(module.metric.sigma, sigma), arm
+        is_unit = torch.equal(module.teacher.metric.sigma, torch.eye(len(sigma)).double())
+        assert is_unit == (arm == "euclidean")  # what the vectors were estimated with
+    with pytest.raises(ValueError, match="set module.teacher alone"):
+        of_a_tiny_model(tiny_model, tmp_path / "cache", teacher="euclidean")
+
+
 def test_k_means_begins_with_clusters_and_not_with_the_mean_that_they_have_in_common() -> None:
     from allostasis.experiments.hsae.arms import of_kmeans
 

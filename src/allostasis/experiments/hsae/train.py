@@ -14,14 +14,16 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from allostasis.core.records import RunRecord, write_table
+from allostasis.core.spaces import CausalMetric, UnembVec, causal_metric
 from allostasis.experiments.hsae import arms
+from allostasis.experiments.hsae.clouds import kept_tokens, unembedding
 from allostasis.experiments.hsae.scoring import Activations, Scoring
 from allostasis.experiments.hsae.stages import Losses, StageA, stages
 from allostasis.experiments.hsae.training import Training
 from allostasis.metrics.base import Snapshot
 from allostasis.models.hsae import HierarchicalSAE, KernelChoice, check_flat
 from allostasis.models.sae import FlatSAE, SyntheticModel, export
-from allostasis.models.teacher import FILE, read_teacher
+from allostasis.models.teacher import FILE, Teacher, read_teacher
 from allostasis.models.zoo import LanguageModel
 from allostasis.tasks.activations import ActivationDataModule
 from allostasis.tasks.concepts import Selection, read_table
@@ -146,7 +148,7 @@ class HsaeTrain(Training):
         self.match: arms.Match = match
         self.is_planted = isinstance(task, PlantedHierarchy)
         self.shape = {"m": m, "c": c, "s": s, "k": k, "k_child": k_child}
-        self._check(reads, reads_of)
+        self._check(reads, reads_of, teacher)
         language_model = model if isinstance(model, LanguageModel) else None
         if kind == "hsae":
             decoder = task if language_model is None else language_model.decoder
@@ -164,6 +166,8 @@ class HsaeTrain(Training):
             task, language_model, n_watch=n_watch, n_match=n_match, n_test=n_test, n_loss=n_loss
         )
         self.hold(self._made(kernel))
+        self.teacher: Teacher | None = None
+        self.teacher_arm = teacher
         self.n_random: int | None = None
         self._latest: dict[tuple[str, str | None], float] = {}
         self.offers = frozenset({"coding", "decoder", "members", "matches"})
@@ -173,7 +177,9 @@ class HsaeTrain(Training):
         if self.is_planted or start not in arms.TAUGHT:
             self._begin()
 
-    def _check(self, reads: Sequence[str], reads_of: Mapping[str, str] | None) -> None:
+    def _check(
+        self, reads: Sequence[str], reads_of: Mapping[str, str] | None, teacher: str
+    ) -> None:
         for name, steps in (
             ("eval_every", self.eval_every),
             ("log_grad_every", self.log_grad_every),
@@ -202,6 +208,11 @@ class HsaeTrain(Training):
             raise ValueError(
                 "concepts are read from a run of hsae_teacher; set module.reads_of={hsae_teacher: "
                 "causal}"
+            )
+        if reads_of and reads_of[TEACHER] != teacher:
+            raise ValueError(
+                f"module.teacher={teacher}, and the run that is read is {reads_of[TEACHER]}'s; set "
+                "module.teacher alone"
             )
         if not self.is_planted and self.start in arms.TAUGHT:
             hook = self.task.hook
@@ -240,7 +251,8 @@ class HsaeTrain(Training):
             self.teacher = read_teacher(folder / FILE)
             table = read_table(folder, tokenizer_sha256=self.teacher.tokenizer_sha256)
             self.scoring.use(table, self.teacher)
-            self.sigma = self.teacher.metric.sigma.float().to(self.device)
+            self.metric = self._metric(self.teacher)
+            self.sigma = self.metric.sigma.float().to(self.device)
             facts["teacher"] = {
                 "parents": len(self.teacher.synsets), "children": int(self.teacher.mask.sum()),
             }  # fmt: skip
@@ -254,6 +266,13 @@ class HsaeTrain(Training):
             self._begin()
         facts["random_slots"] = self.n_random
         return facts
+
+    def _metric(self, teacher: Teacher) -> CausalMetric:
+        """The causal inner product, in which losses and curves are of every arm alike."""
+        model = self.scoring.model
+        if self.teacher_arm != "euclidean" or model is None:
+            return teacher.metric  # that of shuffled rows is the model's own, too
+        return causal_metric(UnembVec(unembedding(model)[torch.from_numpy(kept_tokens(model))]))
 
     def _begin(self) -> None:
         """Plant the first atoms."""
