@@ -239,7 +239,9 @@ class Sample:
         )
 
 
-def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
+def summarise(
+    claim: Claim, arm: Arm, cells: Sequence[Arm] = (), beside: Arm | None = None
+) -> Sample:
     """Reduce every finished run of an arm to the number that a claim is about.
 
     Args:
@@ -247,6 +249,7 @@ def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
         arm: The arm.
         cells: All arms of its condition: the cells of a factorial, which differ in settings. A
             summary that reads them gets, for each seed, that seed's run in every cell.
+        beside: The arm that it is compared with. A summary that reads it gets its run of the seed.
     """
     assert claim.estimand is not None
     summary = summaries.parse(claim.estimand.summary)
@@ -257,7 +260,8 @@ def summarise(claim: Claim, arm: Arm, cells: Sequence[Arm] = ()) -> Sample:
         try:
             curve = selected(claim, run)
             own = [other for cell in cells for other in cell.runs if other.seed == run.seed]
-            value = summary(run, curve, own)
+            same_seed = [] if beside is None else [r for r in beside.runs if r.seed == run.seed]
+            value = summary(run, curve, own, same_seed[0] if same_seed else None)
         except UndefinedError as error:
             undefined[run.seed] = str(error)
             continue

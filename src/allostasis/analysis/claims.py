@@ -293,6 +293,12 @@ class Claim(Part):
             raise ValueError(f"summary '{estimand.summary}' {verb} `select: {{metric: ...}}`")
         needs_control = estimand.of in {"difference", "paired_difference", "log_hazard_ratio"}
         needs_control |= self.test == "permutation"
+        if summaries.parse(estimand.summary).reads_beside:
+            needs_control = True
+            if estimand.of not in {"paired_difference", "log_ratio"}:
+                raise ValueError(
+                    f"summary '{estimand.summary}' pairs two arms, which of: {estimand.of} does not"
+                )
         if needs_control and self.arms is not None and self.arms.control is None:
             raise ValueError(f"of: {estimand.of} needs `arms: {{treatment: ..., control: ...}}`")
 

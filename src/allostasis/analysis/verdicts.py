@@ -264,13 +264,16 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str, earlier: Sequence[i
             treatments = {"": treatment}
         else:
             arm, unlike = shown(arms, claim.arms.treatment, claim.settings)
-            treatments, control, used = _units(claim, arm, arms), None, [arm]
+            other, control, used = None, None, [arm]
             if claim.arms.control is not None:
                 same_device = [other for other in arms if other.device == arm.device]
                 other, also_unlike = shown(same_device, claim.arms.control, claim.settings)
                 check_widths(claim, arm, other)
-                control, unlike = summarise(claim, other), unlike or also_unlike
+                unlike = unlike or also_unlike
                 used.append(other)
+            treatments = _units(claim, arm, arms, other)
+            if other is not None:
+                control = summarise(claim, other, beside=arm)
                 if claim.estimand is not None and claim.estimand.of not in UNPAIRED:
                     treatment, control = pair(treatments[""], control)
                     treatments = {"": treatment}
@@ -310,13 +313,13 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str, earlier: Sequence[i
     )
 
 
-def _units(claim: Claim, arm: Arm, arms: Sequence[Arm]) -> dict[str, Sample]:
+def _units(claim: Claim, arm: Arm, arms: Sequence[Arm], other: Arm | None) -> dict[str, Sample]:
     """What a claim's units are reduced to: one sample, or one a depth, by name."""
     assert claim.estimand is not None
     if claim.estimand.unit == "cluster":
         return clusters.samples(claim, arm)
     cells = [a for a in arms if (a.condition, a.device) == (arm.condition, arm.device)]
-    return {"": summarise(claim, arm, cells)}
+    return {"": summarise(claim, arm, cells, other)}
 
 
 def _interval(inference: Inference, level: float) -> Interval | None:
