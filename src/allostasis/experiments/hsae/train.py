@@ -69,7 +69,7 @@ class HsaeTrain(Training):
         dead_after_tokens: Tokens without firing after which a latent is dead.
         n_watch: Rows that are looked at on the way.
         n_match: Rows of train on which concepts are matched to latents.
-        n_test: Rows of test.
+        n_test: Rows of test; `dead_fraction` needs 100,000, a twentieth of 2 million in all.
         n_loss: Rows of test whose next token is predicted.
         chunk: Updates between two looks at which latents are dead.
         eval_every: Updates between evaluations; a multiple of `chunk`.
