@@ -407,3 +407,68 @@ def test_steering_reads_the_activations_that_were_trained_on(preset: str) -> Non
             for exp in ("hsae_train", "hsae_steer")
         ]
     assert tasks[0] == tasks[1]
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "h100",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("quick", "full", "v2_text")),
+    ],
+)
+def test_each_phase_looks_where_the_command_of_the_one_before_writes(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders of the three commands as a user types them, against those that are looked at."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.utils import setup_globals
+
+    from allostasis.core.config import conf_dir, register, run_folder
+    from allostasis.core.locate import of_experiment, sibling
+
+    register()
+    setup_globals()
+    known = HydraConfig.instance()
+
+    def typed(exp: str, condition: str, *words: str) -> Any:
+        """The config of `python -m allostasis +exp=... condition=... preset=... ...`."""
+        given = [f"exp={exp}", f"condition={condition}", f"preset={preset}", "seed=3", *words]
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            cfg = compose("config", given, return_hydra_config=True)
+        monkeypatch.setattr(known, "cfg", cfg)  # as Hydra's main does: what is read asks for it
+        return cfg
+
+    rows = "task.corpus=some/texts"  # of the activations alone: a table of nouns has no corpus
+    for arm in ("euclidean", "topk"):
+        steer = typed("hsae_steer", arm, rows)
+        reads = steer.module.reads_of.hsae_train
+        found = of_experiment(steer, "hsae_train", reads)
+        train = typed("hsae_train", reads, rows)
+        assert run_folder(found) == run_folder(train)
+        teacher = train.module.reads_of.hsae_teacher
+        for reader in (train, found):
+            taught = of_experiment(reader, "hsae_teacher", teacher)
+            assert run_folder(taught) == run_folder(typed("hsae_teacher", teacher))
+        for other in train.module.reads:
+            assert run_folder(sibling(train, other)) == run_folder(typed("hsae_train", other, rows))
+
+
+def test_settings_of_activations_are_for_the_phases_that_have_them() -> None:
+    """`make hsae ARGS="task.corpus=..."` would be refused by the phase whose task is nouns."""
+    import subprocess
+
+    root, given = Path(__file__).parents[2], "preset=h100 task.corpus=some/texts seed=0"
+    done = subprocess.run(
+        ["make", "-n", "hsae", f"ARGS={given}"],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    said = [line.split("-m allostasis ")[1] for line in done.stdout.splitlines() if "+exp=" in line]
+    assert said == [
+        "+exp=hsae_teacher -m preset=h100 seed=0",
+        f"+exp=hsae_train -m {given}",
+        f"+exp=hsae_steer -m {given}",
+    ]
