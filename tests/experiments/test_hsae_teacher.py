@@ -108,6 +108,14 @@ def test_a_planted_hierarchy_has_members_and_parents(hierarchy: Any) -> None:  #
     assert reading(hierarchy, "cosine.mean", "random_parent") < -0.3
 
 
+def test_the_largest_cosine_of_a_parent_with_its_childrens_differences_needs_a_parent(
+    noise: Any, hierarchy: Any
+) -> None:
+    assert hierarchy.tables()["families"]["slant"].notna().all()
+    assert reading(hierarchy, "family.slant") < 0.2  # orthogonal ones were planted
+    assert noise.tables()["families"]["slant"].isna().mean() > 0.9
+
+
 def test_the_published_angle_passes_for_noise_and_is_read_of_every_cloud(
     noise: Any, hierarchy: Any
 ) -> None:

@@ -134,6 +134,18 @@ def test_disjoint_lemmas_tell_orthogonal_from_slanted_children() -> None:  # T-0
     assert abs(np.mean(own)) < 0.2  # though they cancel in the signed mean
 
 
+def test_the_largest_slant_of_two_children_is_what_was_planted() -> None:
+    """Differences of children at cosines of -c and c: (2 c) / |difference|, by hand."""
+    from allostasis.models.concept_directions import largest_slant
+
+    assert largest_slant(*planted(0.0, 0)) == pytest.approx(0, abs=0.06)
+    wanted = 0.8 / (0.64 + 2 * (1 - 0.16)) ** 0.5  # of two along different axes
+    assert largest_slant(*planted(0.4, 100)) == pytest.approx(wanted, abs=0.05)
+    children = [by_lemma(noise(60, seed), 60 * seed) for seed in range(3)]
+    products = [one.inner(other) for one in children for other in children if one is not other]
+    assert np.abs(products).max() < 4 * WIDTH**0.5 / 60  # noise: 0, give or take
+
+
 def test_noise_has_no_parent_to_measure_an_angle_with() -> None:  # T-06
     rng = np.random.default_rng(0)
     bounds = [by_lemma(noise(120, seed)).lower_bound(rng, n_boot=200) for seed in range(40)]

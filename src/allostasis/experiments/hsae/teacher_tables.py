@@ -202,9 +202,11 @@ class Collected:
         if not cloud.families.empty:
             rows = cloud.families
             for column in ("eta", "eta_null", "furthest", "smallest", "effective_rank",
-                           "own_weight", "accuracy", "accuracy_null"):  # fmt: skip
-                value = float(rows[column].median())
-                self._add(f"family.{column}", value, len(rows), control=name)
+                           "own_weight", "accuracy", "accuracy_null", "slant"):  # fmt: skip
+                values = rows[column].dropna()
+                if len(values):
+                    value = float(values.median())
+                    self._add(f"family.{column}", value, len(values), control=name)
 
     def _compare(self) -> None:
         """How far real parents without the child's tokens are from what noise gives."""
