@@ -82,8 +82,9 @@ hsae_train: .venv/smollm2 ## hierarchical and flat autoencoders, every arm, eigh
 hsae_steer: .venv/smollm2 ## steering with what they learned, and single features toggled (likewise)
 	$(RUN) +exp=hsae_steer -m $(ARGS)
 
+# the task of the first is nouns; settings of activations are for the two others
 hsae: ## all three in this order, each finding what the one before it made
-	$(MAKE) hsae_teacher
+	$(MAKE) hsae_teacher ARGS='$(filter-out task.%,$(ARGS))'
 	$(MAKE) hsae_train
 	$(MAKE) hsae_steer
 

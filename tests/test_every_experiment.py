@@ -60,6 +60,7 @@ SHORT = {
         "module.max_steps=20",
         "module.stage_a.steps=10",
         "module.eval_every=10",
+        "module.evaluate_at=[]",
         "module.log_grad_every=10",
         "module.n_watch=256",
         "module.n_match=512",

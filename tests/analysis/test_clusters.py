@@ -310,6 +310,7 @@ def test_a_field_that_is_not_set_is_not_frozen() -> None:
 def test_every_summary_of_prompts_names_its_table() -> None:
     words = {"mean_of": "(a)", "share_above": "(a, 1)"}
     words |= dict.fromkeys(("difference_of", "gap_of", "ratio_of"), "(a, b)")
+    words |= {"excess_of": "(a, b, 3)"}
     words |= dict.fromkeys(("norm_ratio", "norm_excess"), "(end)")
     found = {
         name: summaries.parse(name + words.get(name, "")).prompts
@@ -324,6 +325,7 @@ def test_every_summary_of_prompts_names_its_table() -> None:
         "direct_effect": "examples", "hedge_shift": "examples", "patch_asymmetry": "examples",
         "patch_recovery": "examples", "mean_of": "examples", "share_above": "examples",
         "difference_of": "examples", "gap_of": "examples", "ratio_of": "examples",
+        "excess_of": "examples",
     }  # fmt: skip
 
 
@@ -338,3 +340,11 @@ def test_kappa_is_over_prompts_that_lead_before_and_after() -> None:
     assert gained.tolist() == pytest.approx([-1.1, np.nan, np.nan], nan_ok=True)
     with pytest.raises(UndefinedError, match="phi_scale was not recorded"):
         prompts.amplitude_share(rows)
+
+
+def test_an_excess_over_a_multiple_holds_where_a_ratio_turns_negative() -> None:
+    """Members gain 5 logits and siblings lose 1: a ratio of -5 would refute "three times"."""
+    rows = pd.DataFrame({"shift": [5.0, 6.0, np.nan], "shift_siblings": [-1.0, 2.5, 1.0]})
+    values, counts = prompts.excess_of(rows, "shift", "shift_siblings", "3")
+    assert values.tolist() == pytest.approx([8.0, -1.5, np.nan], nan_ok=True)
+    assert counts.tolist() == pytest.approx([1.0, 1.0, np.nan], nan_ok=True)

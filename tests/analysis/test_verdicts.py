@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import allostasis
@@ -474,3 +475,45 @@ def test_a_confound_is_excluded_by_a_claim_and_not_by_an_arm_that_was_run(
         assert told(judged)["weight decay"] == (f"{beside}; Y is {word}", False)
     judged = Result(asked, "", Verdict("equivalent", ""))
     assert told(judged)["weight decay"] == ("excluded by no_wd (Y is equivalent)", True)
+
+
+def test_leakage_is_compared_over_what_both_arms_can_steer(
+    tmp_path: Path, write_run: Writer
+) -> None:
+    """The taught arm leaks half on each shared concept, and reaches one more, which leaks a lot."""
+    rng = np.random.default_rng(0)
+    for seed in range(6):
+        base = np.exp(rng.normal(0, 1, 5))
+        half = 0.5 * np.exp(rng.normal(0, 0.02, 5))
+        both = {
+            "high_wd": [*(base * half), 100.0, None],
+            "no_wd": [*base, None, None],
+        }
+        for arm, leakage in both.items():
+            folder = write_run(tmp_path, arm, seed)
+            rows = pd.DataFrame({
+                "cluster": [f"c{at}" for at in range(7)], "leakage": leakage,
+                "reached": [one is not None for one in leakage], "intervention": "sae:parent:1",
+            }).astype({"leakage": "float64"})  # fmt: skip
+            other = rows.assign(intervention="means:parent:1", leakage=7.0)
+            pd.concat([rows, other]).to_parquet(folder / "examples.parquet")
+    leaks = {"of": "log_ratio", "summary": "geometric_mean_of_shared(leakage, sae:parent:1)"}
+    reached = {"of": "paired_difference", "summary": "mean_of_clusters(reached, sae:parent:1)"}
+    own = {"select": None, "arms": {"treatment": "high_wd", "control": "no_wd"}}
+    found = by_id(
+        judge(
+            [
+                claim(**own, id="L", estimand=leaks, direction="less", bound=0.8),
+                claim(**own, id="R", estimand=reached, bound=0.0),
+            ],
+            arms_of(tmp_path),
+        )
+    )
+    assert found["L"].inference is not None
+    assert found["L"].inference.estimate == pytest.approx(0.5, rel=0.02)
+    assert found["L"].p_support is not None
+    assert found["L"].p_support < 1e-6
+    assert found["R"].inference is not None
+    assert found["R"].inference.estimate == pytest.approx(1 / 7)
+    with pytest.raises(ValueError, match="needs `arms"):
+        claim(select=None, estimand=leaks, direction="less", bound=0.8)

@@ -212,3 +212,68 @@ def audit(write_audit: Audit, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for condition in ("baseline", "critical", "random_control"):
         write_audit(root, condition)
     return root
+
+
+@pytest.fixture(scope="session")
+def write_hsae() -> Callable[..., None]:
+    """A function that writes a run of hsae_train and the one of hsae_teacher that it has read."""
+    return _write_hsae
+
+
+def _write_hsae(model: Any, task: Any, trained: Path, *, metric: str = "causal") -> None:
+    """A finished run of hsae_train, and the one of hsae_teacher that it has read."""
+    import pandas as pd
+    import torch
+
+    from allostasis.core.records import write_json
+    from allostasis.core.spaces import UnembVec, causal_metric
+    from allostasis.experiments.hsae import arms
+    from allostasis.experiments.hsae.clouds import kept_tokens
+    from allostasis.models import sae
+    from allostasis.models.hsae import HierarchicalSAE
+    from allostasis.models.teacher import FILE, Teacher, write_teacher
+    from allostasis.tasks.concepts import ConceptTable
+
+    root = trained.parents[3]
+    common = torch.bincount(task.split("train").ids[:, 3].clamp(min=0)).argsort(descending=True)
+    ids = [int(token) for token in common if token > 3][:48]
+    sides = ["train", "train", "val", "test"]
+    rows = [
+        (name, synset, parent, f"w{token}", f"w{token}", token, sides[(place // 4) % 4])
+        for place, token in enumerate(ids)
+        for name, synset, parent in _concepts_of_a_place(place)
+    ]
+    columns = ["concept", "synset", "parent", "lemma", "form", "token_id", "split"]
+    frame = pd.DataFrame(rows, columns=columns).astype({"parent": "Int64"})
+    digest = model.identity["tokenizer_sha256"]
+    table = ConceptTable(frame, {"tokenizer_sha256": digest})
+    rows_of = model.decoder.W_U.detach().T.float()
+    space = causal_metric(UnembVec(rows_of[kept_tokens(model)]), metric=metric)
+    vector = {s: rows_of[torch.from_numpy(table.ids(s))].double().mean(dim=0) - space.mean
+              for s in table.names}  # fmt: skip
+    shape = (2, 2, model.decoder.d_model)
+    deltas = [[vector[p + c] - vector[p] for c in (1, 2)] for p in (10, 20)]
+    teacher = Teacher(
+        UnembVec(torch.stack([vector[10], vector[20]])),
+        UnembVec(torch.stack([torch.stack(of_one) for of_one in deltas])),
+        torch.ones(2, 2, dtype=torch.bool), (10, 20), ((11, 12), (21, 22)), space, digest,
+        model.identity["weights_sha256"],
+    )  # fmt: skip
+    taught = root / "hsae_teacher" / metric / "seed=0" / "cpu-aa"
+    table.write(taught)
+    write_teacher(taught / FILE, teacher)
+    write_json(taught / "run.json", {"run_id": f"hsae_teacher-{metric}-0-cpu-aa", "status": "done"})
+    hsae = HierarchicalSAE(seed=0, d_model=shape[2], m=4, c=2, s=2, k=2)
+    given = arms.of_teacher(teacher, m=4, c=2)
+    hsae.plant(given.parents, given.children, given.mask)
+    sae.export(hsae, trained / "sae", hook_name="unembed_input")
+    read = {"hsae_teacher": {"run_id": f"hsae_teacher-{metric}-0-cpu-aa"}}
+    write_json(
+        trained / "run.json",
+        {"run_id": "hsae_train-x", "status": "done", "read": read, "checkpoints": {}},
+    )
+
+
+def _concepts_of_a_place(place: int) -> list[tuple[str, int, int | None]]:
+    parent, child = 10 * (1 + place % 2), 1 + (place // 2) % 2
+    return [(f"p{parent}", parent, None), (f"c{parent + child}", parent + child, parent)]

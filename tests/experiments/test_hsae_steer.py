@@ -185,7 +185,7 @@ def test_teacher_data_are_disjoint_from_what_trains(
 
 
 @pytest.fixture(scope="module")
-def steered(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def steered(model: Any, write_hsae: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A module that has taken a run whose autoencoder begins with its teacher's vectors."""
     from allostasis.core.records import read_run
     from allostasis.experiments.hsae.steer import HSAESteer
@@ -195,70 +195,13 @@ def steered(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     task = ActivationDataModule(seed=0, n_tokens=8000, window=48, folder=str(root / "cache"))
     task.prepare(model)
     trained = root / "outputs" / "hsae_train" / "teacher_init" / "seed=0" / "cpu-bb"
-    write_runs(model, task, trained)
+    write_hsae(model, task, trained)
     module = HSAESteer(
         model=model, task=task, reads_of={"hsae_train": "teacher_init"}, gains=[0.1, 50.0],
         n_contexts=6, n_random=2, n_match=4000, n_prompts=8, n_features=6, n_controls=4, n_perm=100,
     )  # fmt: skip
     module.take({"hsae_train": read_run(trained)})
     return module
-
-
-def write_runs(model: Any, task: Any, trained: Path) -> None:
-    """A finished run of hsae_train, and the one of hsae_teacher that it has read."""
-    import pandas as pd
-
-    from allostasis.core.records import write_json
-    from allostasis.core.spaces import UnembVec, causal_metric
-    from allostasis.experiments.hsae import arms
-    from allostasis.models import sae
-    from allostasis.models.hsae import HierarchicalSAE
-    from allostasis.models.teacher import FILE, Teacher, write_teacher
-    from allostasis.tasks.concepts import ConceptTable
-
-    root = trained.parents[3]
-    common = torch.bincount(task.split("train").ids[:, 3].clamp(min=0)).argsort(descending=True)
-    ids = [int(token) for token in common if token > 3][:48]
-    sides = ["train", "train", "val", "test"]
-    rows = [
-        (name, synset, parent, f"w{token}", f"w{token}", token, sides[(place // 4) % 4])
-        for place, token in enumerate(ids)
-        for name, synset, parent in _concepts_of_a_place(place)
-    ]
-    columns = ["concept", "synset", "parent", "lemma", "form", "token_id", "split"]
-    frame = pd.DataFrame(rows, columns=columns).astype({"parent": "Int64"})
-    digest = model.identity["tokenizer_sha256"]
-    table = ConceptTable(frame, {"tokenizer_sha256": digest})
-    metric = causal_metric(UnembVec(model.decoder.W_U.detach().T.double()[4:]), metric="causal")
-    rows_of = model.decoder.W_U.detach().T.double()
-    vector = {s: rows_of[torch.from_numpy(table.ids(s))].mean(dim=0) - metric.mean
-              for s in table.names}  # fmt: skip
-    shape = (2, 2, model.decoder.d_model)
-    deltas = [[vector[p + c] - vector[p] for c in (1, 2)] for p in (10, 20)]
-    teacher = Teacher(
-        UnembVec(torch.stack([vector[10], vector[20]])),
-        UnembVec(torch.stack([torch.stack(of_one) for of_one in deltas])),
-        torch.ones(2, 2, dtype=torch.bool), (10, 20), ((11, 12), (21, 22)), metric, digest,
-        model.identity["weights_sha256"],
-    )  # fmt: skip
-    taught = root / "hsae_teacher" / "causal" / "seed=0" / "cpu-aa"
-    table.write(taught)
-    write_teacher(taught / FILE, teacher)
-    write_json(taught / "run.json", {"run_id": "hsae_teacher-causal-0-cpu-aa", "status": "done"})
-    hsae = HierarchicalSAE(seed=0, d_model=shape[2], m=4, c=2, s=2, k=2)
-    given = arms.of_teacher(teacher, m=4, c=2)
-    hsae.plant(given.parents, given.children, given.mask)
-    sae.export(hsae, trained / "sae", hook_name="unembed_input")
-    read = {"hsae_teacher": {"run_id": "hsae_teacher-causal-0-cpu-aa"}}
-    write_json(
-        trained / "run.json",
-        {"run_id": "hsae_train-x", "status": "done", "read": read, "checkpoints": {}},
-    )
-
-
-def _concepts_of_a_place(place: int) -> list[tuple[str, int, int | None]]:
-    parent, child = 10 * (1 + place % 2), 1 + (place // 2) % 2
-    return [(f"p{parent}", parent, None), (f"c{parent + child}", parent + child, parent)]
 
 
 def test_every_direction_has_the_gain_that_was_asked_for_or_says_why_not(steered: Any) -> None:
@@ -300,6 +243,50 @@ def test_every_direction_has_the_gain_that_was_asked_for_or_says_why_not(steered
     assert float((p * (p / q).log()).sum(dim=1).mean()) == pytest.approx(row["leakage"], abs=1e-5)
 
 
+def test_two_contexts_and_one_random_direction_give_no_effect_size_and_all_else(
+    steered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steered, "n_contexts", 2)
+    monkeypatch.setattr(steered, "n_random", 1)
+    tables = steered.test_step(0, 0)["tables"]
+    assert tables["steering"]["reached"].any()
+    assert tables["steering"]["hedges_g"].isna().all()
+    names = set(tables["metrics"]["metric"])
+    assert "steering_leakage" in names
+    assert "steering_hedges_g" not in names
+
+
+def test_a_random_direction_is_compared_with_the_other_ones(
+    steered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two draws, each is held against the other: with itself among them it would be nearer."""
+    from allostasis.experiments.hsae.sources import Concept, Source
+
+    rng = np.random.default_rng(0)
+    d = steered.task.d_model
+    draws = [
+        Source("random", torch.from_numpy(one / np.linalg.norm(one)), draw=at)
+        for at, one in enumerate(rng.standard_normal((2, d)))
+    ]
+    steered.test_step(0, 0)
+    targets = steered.table.ids(10, "test")
+    concept = Concept("p10", 10, None, targets, steered.table.ids(10), targets[:0], targets[:0])
+    chances = []
+    outcomes = steered._outcomes
+
+    def noted(concept: Any, effect: Any, alpha: float, controls: Any, chance: Any) -> Any:
+        chances.append((effect, chance))
+        return outcomes(concept, effect, alpha, controls, chance)
+
+    monkeypatch.setattr(steered, "_outcomes", noted)
+    monkeypatch.setattr(steered, "gains", (0.001,))
+    steered._concept(concept, draws)
+    assert chances
+    for effect, chance in chances:
+        (other,) = chance
+        assert not torch.equal(other, effect)
+
+
 def test_a_planted_teacher_is_where_the_autoencoder_begins(steered: Any) -> None:
     """The atom that a parent was planted as is the teacher's own direction."""
     metric = steered.teacher.metric
@@ -336,7 +323,7 @@ def test_steering_elsewhere_than_at_the_unembedding_is_refused(model: Any, tmp_p
 
 @pytest.mark.slow
 def test_a_run_finds_what_the_phases_before_have_made_and_reports(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, write_hsae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hydra import compose, initialize_config_dir
 
@@ -362,7 +349,7 @@ def test_a_run_finds_what_the_phases_before_have_made_and_reports(
             seed=0, n_tokens=8000, window=48, epochs=9, folder=str(tmp_path / "cache")
         )
         task.prepare(model)
-        write_runs(model, task, trained)
+        write_hsae(model, task, trained)
         for cfg in cfgs:
             folder = tmp_path / run_folder(cfg)
             content = run(cfg, folder)
@@ -420,3 +407,68 @@ def test_steering_reads_the_activations_that_were_trained_on(preset: str) -> Non
             for exp in ("hsae_train", "hsae_steer")
         ]
     assert tasks[0] == tasks[1]
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "h100",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("quick", "full", "v2_text")),
+    ],
+)
+def test_each_phase_looks_where_the_command_of_the_one_before_writes(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders of the three commands as a user types them, against those that are looked at."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.utils import setup_globals
+
+    from allostasis.core.config import conf_dir, register, run_folder
+    from allostasis.core.locate import of_experiment, sibling
+
+    register()
+    setup_globals()
+    known = HydraConfig.instance()
+
+    def typed(exp: str, condition: str, *words: str) -> Any:
+        """The config of `python -m allostasis +exp=... condition=... preset=... ...`."""
+        given = [f"exp={exp}", f"condition={condition}", f"preset={preset}", "seed=3", *words]
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            cfg = compose("config", given, return_hydra_config=True)
+        monkeypatch.setattr(known, "cfg", cfg)  # as Hydra's main does: what is read asks for it
+        return cfg
+
+    rows = "task.corpus=some/texts"  # of the activations alone: a table of nouns has no corpus
+    for arm in ("euclidean", "topk"):
+        steer = typed("hsae_steer", arm, rows)
+        reads = steer.module.reads_of.hsae_train
+        found = of_experiment(steer, "hsae_train", reads)
+        train = typed("hsae_train", reads, rows)
+        assert run_folder(found) == run_folder(train)
+        teacher = train.module.reads_of.hsae_teacher
+        for reader in (train, found):
+            taught = of_experiment(reader, "hsae_teacher", teacher)
+            assert run_folder(taught) == run_folder(typed("hsae_teacher", teacher))
+        for other in train.module.reads:
+            assert run_folder(sibling(train, other)) == run_folder(typed("hsae_train", other, rows))
+
+
+def test_settings_of_activations_are_for_the_phases_that_have_them() -> None:
+    """`make hsae ARGS="task.corpus=..."` would be refused by the phase whose task is nouns."""
+    import subprocess
+
+    root, given = Path(__file__).parents[2], "preset=h100 task.corpus=some/texts seed=0"
+    done = subprocess.run(
+        ["make", "-n", "hsae", f"ARGS={given}"],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    said = [line.split("-m allostasis ")[1] for line in done.stdout.splitlines() if "+exp=" in line]
+    assert said == [
+        "+exp=hsae_teacher -m preset=h100 seed=0",
+        f"+exp=hsae_train -m {given}",
+        f"+exp=hsae_steer -m {given}",
+    ]

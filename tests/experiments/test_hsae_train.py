@@ -168,6 +168,45 @@ def test_ablations_differ_from_the_taught_arm_in_one_thing(tmp_path: Path) -> No
     assert (exported["k"], exported["k_child"]) == (2, 2)
 
 
+@pytest.fixture(scope="module")
+def tiny_model() -> Any:
+    from allostasis.models.lens import pretrained
+
+    return pretrained(arch="llama")
+
+
+def of_a_tiny_model(model: Any, cache: Path, **settings: Any) -> Any:
+    """The module of a run on some 1,800 training rows of a tiny language model."""
+    from allostasis.experiments.hsae.train import HsaeTrain
+    from allostasis.tasks.activations import ActivationDataModule
+
+    task = ActivationDataModule(seed=0, n_tokens=2000, window=48, folder=str(cache), batch_size=64)
+    given = {"reads_of": {"hsae_teacher": "causal"}, "m": 6, "c": 3, "s": 4, "max_steps": 10}
+    return HsaeTrain(model=model, task=task, **(given | settings))
+
+
+@pytest.mark.parametrize("kind", ["hsae", "topk"])
+def test_transformer_lens_finds_the_hook_of_a_run_s_autoencoder(
+    kind: str, tiny_model: Any, tmp_path: Path
+) -> None:
+    from allostasis.models import lens, sae
+
+    reads = [] if kind == "hsae" else ["baseline"]
+    module = of_a_tiny_model(tiny_model, tmp_path / "cache", kind=kind, reads=reads)
+    module.write_sae(tmp_path / "sae", "some run")
+    cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
+    assert (cfg["hook_name"], cfg["task_hook"]) == ("unembed.hook_in", "unembed_input")
+    bridge: Any = lens.bridge(tiny_model)
+    bridge.__class__ = sae.SAETransformerBridge
+    bridge._acts_to_saes, bridge._transcoder_output_hooks = {}, {}
+    found, ids = sae.load(tmp_path / "sae"), torch.arange(10)[None] + 5
+    read = lens.unembed_input(tiny_model, ids)
+    with torch.no_grad():
+        expected = tiny_model.decoder.unembed(found(read))
+        assert (expected - bridge(ids)).abs().max() > 1e-3
+        assert torch.allclose(bridge.run_with_saes(ids, saes=[found]), expected, atol=1e-4)
+
+
 def test_arms_differ_in_what_sets_them_apart_alone() -> None:
     own = {"condition", "module.kind", "module.start", "module.teacher", "module.reads",
            "module.reads_of.hsae_teacher", "module.k", "module.k_child"}  # fmt: skip
@@ -237,3 +276,80 @@ def test_a_rotated_teacher_keeps_its_angles_and_nothing_else() -> None:
     # children lost their parent's part under the causal inner product
     inner = gram(plain)[0, 3:5]
     assert inner.abs().max() < 1e-4
+
+
+def test_an_update_that_nothing_evaluates_is_refused(tmp_path: Path) -> None:
+    from hydra.errors import InstantiationException
+
+    for steps in ("[20,60]", "[25]", "[0]"):
+        with pytest.raises((ValueError, InstantiationException), match="nothing is evaluated at"):
+            run(tmp_path / "refused", f"module.evaluate_at={steps}")
+
+
+def test_more_updates_than_the_data_hold_are_refused_before_the_first(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    from allostasis.tasks.activations import ActivationDataModule
+
+    cache = tmp_path / "cache"
+    task = ActivationDataModule(seed=0, n_tokens=2000, window=48, folder=str(cache), batch_size=64)
+    task.prepare(tiny_model)
+    most = 8 * (task.n_train // 64)
+    of_a_tiny_model(tiny_model, cache, max_steps=most, chunk=most, eval_every=most,
+                    log_grad_every=most)  # fmt: skip
+    with pytest.raises(ValueError, match=rf"hold {most} batches of 64 in task.epochs=8"):
+        of_a_tiny_model(tiny_model, cache, max_steps=2 * most, chunk=most, eval_every=most,
+                        log_grad_every=most)  # fmt: skip
+
+
+def test_what_could_not_be_written_at_the_end_is_refused_before_rows_are_harvested(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    from allostasis.models.hsae import UnsupportedExport
+
+    d = tiny_model.decoder.d_model
+    with pytest.raises(UnsupportedExport, match="take fewer parents or children"):
+        of_a_tiny_model(tiny_model, tmp_path / "cache", m=2**20 // d, c=2**10, s=1)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_losses_and_curves_have_the_causal_inner_product_in_every_arm(
+    tiny_model: Any, write_hsae: Any, tmp_path: Path
+) -> None:
+    from allostasis.core.records import read_run
+    from allostasis.core.spaces import UnembVec, causal_metric
+    from allostasis.experiments.hsae.clouds import kept_tokens
+
+    rows = tiny_model.decoder.W_U.detach().T.float()[kept_tokens(tiny_model)]
+    sigma = causal_metric(UnembVec(rows)).sigma
+    for arm in ("causal", "euclidean"):
+        reads_of = {"hsae_teacher": arm}
+        module = of_a_tiny_model(
+            tiny_model, tmp_path / "cache", start="teacher", teacher=arm, reads_of=reads_of,
+        )  # fmt: skip
+        trained = tmp_path / arm / "outputs" / "hsae_train" / "an_arm" / "seed=0" / "cpu-bb"
+        write_hsae(tiny_model, module.task, trained, metric=arm)
+        taught = trained.parents[3] / "hsae_teacher" / arm / "seed=0" / "cpu-aa"
+        module.take({"hsae_teacher": read_run(taught)})
+        assert torch.equal(module.sigma, sigma.float()), arm
+        assert torch.equal(module.metric.sigma, sigma), arm
+        is_unit = torch.equal(module.teacher.metric.sigma, torch.eye(len(sigma)).double())
+        assert is_unit == (arm == "euclidean")  # what the vectors were estimated with
+    with pytest.raises(ValueError, match="set module.teacher alone"):
+        of_a_tiny_model(tiny_model, tmp_path / "cache", teacher="euclidean")
+
+
+def test_k_means_begins_with_clusters_and_not_with_the_mean_that_they_have_in_common() -> None:
+    from allostasis.experiments.hsae.arms import of_kmeans
+
+    generator = torch.Generator().manual_seed(0)
+    centres = 4 * torch.eye(5, 12)
+    rows = centres.repeat(100, 1) + 0.1 * torch.randn(500, 12, generator=generator)
+    start = of_kmeans(rows + 30.0, m=5, c=2, seed=0)
+    # a planted centre less the mean of all of them, one parent each
+    wanted = centres - centres.mean(dim=0)
+    cosine = torch.cosine_similarity(start.parents[:, None], wanted[None], dim=-1)
+    assert (cosine.max(dim=0).values > 0.99).all()
+    assert (cosine.max(dim=1).values > 0.99).all()
+    assert start.mask.all()
+    assert start.children.shape == (5, 2, 12)

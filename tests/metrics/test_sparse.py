@@ -152,6 +152,20 @@ def test_no_metric_sees_the_order_of_parents_or_of_their_children(name: str) -> 
         assert second[place] == pytest.approx(value, abs=1e-12), place
 
 
+def test_a_child_may_stand_for_a_parent_in_one_part_and_not_in_the_other() -> None:
+    """A true parent that only a child latent writes is found, but not as a parent."""
+    snapshot, _ = planted()
+    assert snapshot.coding is not None
+    decoder = torch.eye(9)[[0, 1, 5, 3, 4, 2, 6, 7, 8]]  # a parent and a child are swapped
+    there = read(MccTruth(), replace(snapshot, decoder=decoder))
+    found = {place[0]: value for place, value in there.items()}
+    assert found["parents"] == found["children"] == 1
+    assert found["parents_alone"] == pytest.approx(2 / 3)
+    assert found["children_alone"] == pytest.approx(5 / 6)
+    flat = replace(snapshot, coding=replace(snapshot.coding, n_parents=0))
+    assert "parents_alone" not in {place[0] for place in read(MccTruth(), flat)}
+
+
 # ---- what is not to be had without labels
 
 

@@ -64,6 +64,35 @@ def test_nulls_are_within_their_closed_forms() -> None:  # T-07
     assert np.mean(disjoint) == pytest.approx(closed, abs=0.05)
 
 
+def test_closed_forms_lie_within_the_interval_of_what_noise_gives() -> None:  # T-07
+    """For means of tokens, of which the forms are exact; 99 % intervals over 200 draws."""
+    from allostasis.models import concept_directions as d
+
+    rng, off = np.random.default_rng(0), []
+    n_child, n_parent, share = 60, 200, 0.7
+    for seed in range(200):
+        rows = noise(n_parent, seed)
+        drawn = [rng.choice(n, int(share * n), replace=False) for n in (n_child, n_parent)]
+        child, parent, rest, other, own_child, own_parent = (
+            some.mean(dim=0)
+            for some in (
+                rows[:n_child], rows, rows[n_child:], noise(n_parent, 1000 + seed),
+                rows[drawn[0]], rows[drawn[1]],
+            )
+        )  # fmt: skip
+        random = d.null_random_parent(*(v.norm()[None].numpy() for v in (child, other)))
+        pairs = (
+            (child, parent, 0.0),
+            (own_child, own_parent, d.null_independent(share, n_child, n_parent)),
+            (child, rest, d.null_disjoint(n_child, n_parent - n_child)),
+            (child, other, float(random[0])),
+        )
+        off.append([float(d.cosine(c - p, p)) - closed for c, p, closed in pairs])
+    error = np.std(off, axis=0, ddof=1) / len(off) ** 0.5
+    assert (error < 0.01).all()
+    assert (np.abs(np.mean(off, axis=0)) < 2.6 * error).all()
+
+
 def test_the_published_angle_is_never_below_90_degrees() -> None:  # T-07
     from allostasis.models.concept_directions import cosine, published_unit
 
@@ -103,6 +132,18 @@ def test_disjoint_lemmas_tell_orthogonal_from_slanted_children() -> None:  # T-0
     assert rms([(child, slanted) for child in others]) > 0.3
     own = [float(c.sums.mean(dim=0)[0] - slanted.sums.mean(dim=0)[0]) for c in others]
     assert abs(np.mean(own)) < 0.2  # though they cancel in the signed mean
+
+
+def test_the_largest_slant_of_two_children_is_what_was_planted() -> None:
+    """Differences of children at cosines of -c and c: (2 c) / |difference|, by hand."""
+    from allostasis.models.concept_directions import largest_slant
+
+    assert largest_slant(*planted(0.0, 0)) == pytest.approx(0, abs=0.06)
+    wanted = 0.8 / (0.64 + 2 * (1 - 0.16)) ** 0.5  # of two along different axes
+    assert largest_slant(*planted(0.4, 100)) == pytest.approx(wanted, abs=0.05)
+    children = [by_lemma(noise(60, seed), 60 * seed) for seed in range(3)]
+    products = [one.inner(other) for one in children for other in children if one is not other]
+    assert np.abs(products).max() < 4 * WIDTH**0.5 / 60  # noise: 0, give or take
 
 
 def test_noise_has_no_parent_to_measure_an_angle_with() -> None:  # T-06

@@ -175,7 +175,11 @@ def test_flat_autoencoders_are_exported_as_they_were_scored(kind: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_language_model_runs_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "hook", ["unembed_input", "blocks.0.hook_resid_pre", "blocks.1.hook_resid_post"]
+)
+def test_a_language_model_runs_with_it(hook: str, tmp_path: Path) -> None:
+    """Every hook that a task can name is one that TransformerLens finds."""
     from allostasis.models import lens
     from allostasis.models.sae import SAETransformerBridge, export, load
 
@@ -183,7 +187,7 @@ def test_a_language_model_runs_with_it(tmp_path: Path) -> None:
     bridge = lens.bridge(model)
     bridge.__class__ = SAETransformerBridge
     bridge._acts_to_saes, bridge._transcoder_output_hooks = {}, {}
-    export(trained_a_little(), tmp_path, hook_name="blocks.1.hook_out", model_name="tiny")
+    export(trained_a_little(), tmp_path, hook_name=hook, model_name="tiny")
     sae = load(tmp_path)
     ids = torch.arange(10)[None] + 5
     clean = bridge(ids)
@@ -191,3 +195,19 @@ def test_a_language_model_runs_with_it(tmp_path: Path) -> None:
     assert (with_sae - clean).abs().max() > 1e-3, "an SAE at an unknown hook would change nothing"
     with_error = bridge.run_with_saes(ids, saes=[sae], use_error_term=True)
     assert_close(with_error, clean, rtol=0, atol=1e-4)
+
+
+def test_what_the_unembedding_reads_has_one_name_in_both_of_transformer_lens_s_models() -> None:
+    from sae_lens import HookedSAETransformer  # noqa: TID251  # the other of the two
+
+    from allostasis.models.lens import TRANSFORMER_LENS, UNEMBED_INPUT
+
+    hooked = HookedSAETransformer({
+        "n_layers": 1, "d_model": 8, "n_ctx": 6, "d_head": 4, "n_heads": 2, "d_vocab": 11,
+        "d_mlp": 16, "act_fn": "silu", "normalization_type": "RMS", "device": "cpu", "seed": 0,
+    })  # fmt: skip
+    with torch.no_grad():
+        hooked.ln_final.w.mul_(torch.linspace(0.5, 2, 8))
+    logits, cache = hooked.run_with_cache(torch.arange(6)[None])
+    read = cache[TRANSFORMER_LENS[UNEMBED_INPUT]]
+    assert_close(read @ hooked.W_U + hooked.b_U, logits)

@@ -244,7 +244,7 @@ class Sample:
 
 
 def summarise(
-    claim: Claim, arm: Arm, cells: Sequence[Arm] = (), against: Arm | None = None
+    claim: Claim, arm: Arm, cells: Sequence[Arm] = (), beside: Arm | None = None
 ) -> Sample:
     """Reduce every finished run of an arm to the number that a claim is about.
 
@@ -253,7 +253,7 @@ def summarise(
         arm: The arm.
         cells: All arms of its condition: the cells of a factorial, which differ in settings. A
             summary that reads them gets, for each seed, that seed's run in every cell.
-        against: The arm that is compared with, for a summary that reads both arms' runs at once.
+        beside: The arm that it is compared with. A summary that reads it gets its run of the seed.
     """
     assert claim.estimand is not None
     summary = summaries.parse(claim.estimand.summary)
@@ -264,8 +264,8 @@ def summarise(
         try:
             curve = selected(claim, run)
             own = [other for cell in cells for other in cell.runs if other.seed == run.seed]
-            other = None if against is None else against.of_seed(run.seed)
-            if summary.reads_both and other is None:
+            other = None if beside is None else beside.of_seed(run.seed)
+            if summary.reads_beside and other is None:
                 raise UndefinedError("the arm that it is compared with has no run of this seed")
             value = summary(run, curve, own, other)
         except UndefinedError as error:

@@ -296,12 +296,16 @@ class Claim(Part):
             raise ValueError(f"summary '{estimand.summary}' {verb} `select: {{metric: ...}}`")
         needs_control = estimand.of in {"difference", "paired_difference", "log_hazard_ratio"}
         needs_control |= self.test == "permutation"
-        if summaries.parse(estimand.summary).reads_both and (
-            self.arms is None or self.arms.control is None
-        ):
-            raise ValueError(
-                f"summary '{estimand.summary}' reads both arms and needs `arms: {{control: ...}}`"
-            )
+        if summaries.parse(estimand.summary).reads_beside:
+            if self.arms is None or self.arms.control is None:
+                raise ValueError(
+                    f"summary '{estimand.summary}' reads both arms and needs "
+                    "`arms: {treatment: ..., control: ...}`"
+                )
+            if estimand.of not in {"paired_difference", "log_ratio", "kappa"}:
+                raise ValueError(
+                    f"summary '{estimand.summary}' pairs two arms, which of: {estimand.of} does not"
+                )
         if needs_control and self.arms is not None and self.arms.control is None:
             raise ValueError(f"of: {estimand.of} needs `arms: {{treatment: ..., control: ...}}`")
 

@@ -70,8 +70,8 @@ def _judged(
 
 def _value(claim: Claim, condition: str, arms: Sequence[Arm]) -> str:
     """Mean over seeds of a claim's summary in an arm that is not its own."""
-    reads_both = claim.estimand is not None and parse(claim.estimand.summary).reads_both
-    if claim.estimand is None or claim.estimand.unit != "seed" or reads_both:
+    reads_beside = claim.estimand is not None and parse(claim.estimand.summary).reads_beside
+    if claim.estimand is None or claim.estimand.unit != "seed" or reads_beside:
         return "see its own claims"
     arm, _ = shown(arms, condition, claim.settings)
     cells = [a for a in arms if (a.condition, a.device) == (arm.condition, arm.device)]

@@ -147,6 +147,14 @@ def difference_of(examples: pd.DataFrame, name: str, other: str) -> Pair:
     return _over_rows(column(examples, name) - column(examples, other))
 
 
+def excess_of(examples: pd.DataFrame, name: str, other: str, times: str) -> Pair:
+    """A column less a multiple of another one, row by row; above 0: it is that many times as large.
+
+    Where the other one is negative, so that their ratio says nothing, it still does.
+    """
+    return _over_rows(column(examples, name) - float(times) * column(examples, other))
+
+
 def gap_of(examples: pd.DataFrame, name: str, other: str) -> Pair:
     """1 - the sum of a column over that of another; 0: they are the same, 1: the first is 0."""
     values, others = column(examples, name), column(examples, other)

@@ -28,6 +28,7 @@ SOURCES = {
     "random": "random direction",
 }  # fmt: skip
 MARKERS = "os^"  # of arms, one after another once all colours are taken
+MARKS = "os^DvP*X<>"  # of arms, where colours are sources
 MOST = 30  # features in the matrix
 SMALLEST = 1e-6  # nats that a logarithmic axis shows
 
@@ -44,7 +45,8 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
         ),
         Figure(
             "success", "Success against leakage at equal gain",
-            "Share of contexts whose likeliest token is a member of the concept.",
+            "Share of contexts whose likeliest token is a member of the concept, along the doses; "
+            "means over the directions that reach every dose.",
             partial(success, arms),
         ),
         Figure(
@@ -72,7 +74,9 @@ def tables(arms: Sequence[Arm]) -> list[Table]:
 
 def _read(arms: Sequence[Arm], name: str, *, features: bool) -> pd.DataFrame:
     pieces = [
-        pd.read_parquet(run.record.folder / f"{name}.parquet").assign(arm=arm.condition)
+        pd.read_parquet(run.record.folder / f"{name}.parquet").assign(
+            arm=arm.condition, run=run.run_id, seed=run.seed
+        )
         for arm in arms
         if (arm.condition == "features") == features
         for run in arm.runs
@@ -139,19 +143,52 @@ def _look(at: int) -> tuple[str, str]:
 
 
 def success(arms: Sequence[Arm]) -> Canvas:
-    """One line a source, over doses."""
-    there = _reached(_steering(arms))
+    """One line a source and arm over doses, by level: of the directions that reach every dose."""
+    there = every_dose(_steering(arms))
+    names = list(dict.fromkeys(there["arm"]))
+    levels = [level for level in ("parent", "child") if (there["level"] == level).any()]
     with style() as plt:
-        figure, axis = plt.subplots(figsize=(6, 3.8))
-        for colour, (source, label) in zip(ARM_COLOURS, SOURCES.items(), strict=False):
-            rows = there[there["source"] == source]
-            if rows.empty:
-                continue
-            means = rows.groupby("asked")[["leakage", "success"]].mean()
-            axis.plot(means["leakage"], means["success"], "o-", color=colour, label=label)
-        axis.set(xlabel="leakage, nat", ylabel="share of contexts", xscale="log")
-        axis.legend(loc="best")
+        figure, axes = plt.subplots(
+            1, len(levels), figsize=(4.2 * len(levels) + 1, 3.8), squeeze=False, sharey=True
+        )
+        for axis, level in zip(axes[0], levels, strict=True):
+            of_level = there[there["level"] == level]
+            for (source, arm), rows in of_level.groupby(["source", "arm"], sort=False):
+                means = rows.groupby("asked")[["leakage", "success"]].mean()
+                axis.plot(
+                    means["leakage"].clip(lower=SMALLEST), means["success"], "-",
+                    marker=MARKS[names.index(str(arm)) % len(MARKS)], ms=5,
+                    color=_source_colour(str(source)), label=f"{source} of {arm}",
+                )  # fmt: skip
+            axis.set(xlabel="leakage, nat", xscale="log", title=f"{level} concepts")
+        axes[0, 0].set_ylabel("share of contexts")
+        handles = [
+            plt.Line2D([], [], color=_source_colour(source), label=label)
+            for source, label in SOURCES.items()
+        ]
+        handles += [
+            plt.Line2D([], [], ls="", marker=MARKS[at % len(MARKS)], color=INK, label=name)
+            for at, name in enumerate(names)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
+
+
+def every_dose(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of directions that reach every dose, so that doses are told of the same concepts.
+
+    Raises:
+        UndefinedError: No direction does.
+    """
+    one = ["run", "source", "synset", "draw"]
+    found = table[table.groupby(one)["reached"].transform("all")]
+    if found.empty:
+        raise UndefinedError("no direction reached every gain")
+    return found
+
+
+def _source_colour(source: str) -> str:
+    return ARM_COLOURS[list(SOURCES).index(source)]
 
 
 def volcano(arms: Sequence[Arm]) -> Canvas:
@@ -174,18 +211,11 @@ def volcano(arms: Sequence[Arm]) -> Canvas:
 
 
 def matrix(arms: Sequence[Arm]) -> Canvas:
-    """Features with the largest effect against heads."""
-    impact = _read(arms, "feature_impact", features=True)
-    rows = impact[(impact["kind"] == "zero") & (impact["metric"] == "logit_diff")]
-    effect = rows.groupby("feature")["value"].mean().abs().dropna().sort_values(ascending=False)
-    if effect.empty:
-        raise UndefinedError("no feature was active")
-    aligned = _read(arms, "feature_head_alignment", features=True)
-    aligned = aligned[aligned["feature"].isin(effect.index[:MOST])]
-    ratio = (aligned["share"] / aligned["share_null"]).rename("ratio")
-    table = pd.concat([aligned[["feature", "layer", "head"]], ratio], axis=1)
-    grid = table.pivot_table(index="feature", columns=["layer", "head"], values="ratio")
-    grid = grid.reindex(effect.index[:MOST])
+    """Features with the largest effect against heads; a feature is one of one run's autoencoder."""
+    grid = alignment_grid(
+        _read(arms, "feature_impact", features=True),
+        _read(arms, "feature_head_alignment", features=True),
+    )
     with style() as plt:
         figure, axis = plt.subplots(figsize=(8, 0.16 * len(grid) + 1.6))
         axis.grid(visible=False)
@@ -194,9 +224,34 @@ def matrix(arms: Sequence[Arm]) -> Canvas:
         layers = grid.columns.get_level_values("layer").to_numpy()
         first = np.flatnonzero(np.diff(layers, prepend=-1))[:: max(1, len(set(layers)) // 10)]
         axis.set_xticks(first, [str(layer) for layer in layers[first]])
-        axis.set_yticks(range(len(grid)), [str(feature) for feature in grid.index], fontsize=6)
-        axis.set(xlabel="head, by layer", ylabel="feature")
+        labels = [f"{seed}: {feature}" for _, seed, feature in grid.index]
+        axis.set_yticks(range(len(grid)), labels, fontsize=6)
+        axis.set(xlabel="head, by layer", ylabel="seed: feature")
     return figure
+
+
+def alignment_grid(impact: pd.DataFrame, aligned: pd.DataFrame) -> pd.DataFrame:
+    """Share of a feature in what each head writes, over its null; largest effects first.
+
+    Args:
+        impact: Rows of feature_impact.parquet, with `run` and `seed`.
+        aligned: Rows of feature_head_alignment.parquet, likewise.
+
+    Returns:
+        One row a run, seed and feature, for latent 7 of one seed has nothing to do with that of
+        another; one column a layer and head.
+
+    Raises:
+        UndefinedError: No feature was active.
+    """
+    one = ["run", "seed", "feature"]
+    rows = impact[(impact["kind"] == "zero") & (impact["metric"] == "logit_diff")]
+    effect = rows.groupby(one)["value"].mean().abs().dropna().sort_values(ascending=False)
+    if effect.empty:
+        raise UndefinedError("no feature was active")
+    ratio = aligned.assign(ratio=aligned["share"] / aligned["share_null"])
+    grid = ratio.pivot_table(index=one, columns=["layer", "head"], values="ratio")
+    return grid.reindex(effect.index[:MOST])
 
 
 def _steering_table(table: pd.DataFrame) -> Table:
@@ -205,7 +260,7 @@ def _steering_table(table: pd.DataFrame) -> Table:
     for (arm, source, level, asked), some in table.groupby(by, sort=True):
         there = some[some["reached"]]
         cells = [
-            number(float(there[name].mean())) if len(there) else "-"
+            number(float(there[name].mean())) if there[name].notna().any() else "-"
             for name in ("leakage", "leakage_logit", "success", "log_perplexity_change", "hedges_g")
         ]
         share = f"{len(there)} of {len(some)}"

@@ -3,11 +3,11 @@
 A claim writes `final`, `at_step(t_mem)` or `log_change(t_low, t_high)`; the name is the function's
 here (a dot is an underscore), the words in brackets are its last arguments. A function whose
 first parameter is `curve` reads the metric that the claim selects, those whose first is `run` read
-the run, those whose first is `cells` read one seed's runs in all cells of a factorial, and those of
-`analysis.prompts` read its single prompts. Events are those of run.json's summary (`t_mem`,
-`t_clean`, `t_grok`, `t_loss`) and `t_low`, `t_high`: where test accuracy passes 15 % and 85 %.
-Every function returns a float, a `Time` or a pair for a ratio, and raises `UndefinedError` with the
-reason where the run has none.
+the run (and with a `beside`, the other arm's of that seed), those whose first is `cells` read one
+seed's runs in all cells of a factorial, and those of `analysis.prompts` read its prompts. Events
+are those of run.json's summary (`t_mem`, `t_clean`, `t_grok`, `t_loss`) and `t_low`, `t_high`:
+where test accuracy passes 15 % and 85 %. Every function returns a float, a `Time` or a pair for a
+ratio, and raises `UndefinedError` with the reason where the run has none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FINAL_SHARE = 0.05  # of the steps, at the end
 DWELL = 500  # steps above a level before a curve may be called stable
 MIN_CELLS = 6  # of a factorial, with the event, for a line through them
 # parameters that the records fill; a claim's words fill the others
-READ = ("curve", "run", "cells", "against", *TABLES)
+READ = ("curve", "run", "cells", "beside", *TABLES)
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,50 @@ def holds(run: RunView, name: str) -> float:
     return float(bool(checks[name]))
 
 
+def geometric_mean_of_shared(
+    run: RunView, beside: RunView | None, name: str, intervention: str
+) -> float:
+    """Geometric mean of a column over the clusters that both arms' runs of a seed have.
+
+    Of two arms, the ratio of it is that of the clusters' own ratios: no arm is measured on others
+    than its counterpart is.
+
+    Args:
+        run: The run.
+        beside: The other arm's run of the same seed.
+        name: A column of examples.parquet.
+        intervention: Whose rows.
+    """
+    if beside is None:
+        raise UndefinedError("the other arm has no run of this seed")
+    own, other = (_by_cluster(name, intervention, one).dropna() for one in (run, beside))
+    shared = own[own.index.isin(other.index)]
+    if shared.empty:
+        raise UndefinedError(f"no cluster has {name} of {intervention} in both arms")
+    if not (shared > 0).all():
+        raise UndefinedError(f"logarithm of {shared.min():.3g}, which is not positive")
+    return float(np.exp(np.log(shared.to_numpy()).mean()))
+
+
+def mean_of_clusters(run: RunView, name: str, intervention: str) -> float:
+    """Mean of a column over clusters, each weighing alike.
+
+    Args:
+        run: The run.
+        name: A column of examples.parquet, of numbers or of true and false.
+        intervention: Whose rows.
+    """
+    return float(_by_cluster(name, intervention, run).mean())
+
+
+def _by_cluster(name: str, intervention: str, run: RunView) -> pd.Series:
+    rows = run.prompts("examples")
+    rows = rows[rows["intervention"] == intervention]
+    if rows.empty or name not in rows:
+        raise UndefinedError(f"{name} of {intervention} was not recorded")
+    return rows.astype({name: "float64"}).groupby("cluster")[name].mean()
+
+
 def handover(run: RunView) -> float:
     """1 where amplitude hands over to alignment around the transition, else 0.
 
@@ -254,19 +298,19 @@ def scale_and_alignment(run: RunView) -> tuple[float, float]:
     return end(scale), end(alignment)
 
 
-def shared_scale_and_alignment(run: RunView, against: RunView) -> tuple[float, float]:
+def shared_scale_and_alignment(run: RunView, beside: RunView) -> tuple[float, float]:
     """Mean log logit scale and mean log alignment of held-out examples that both arms answer.
 
     The last position of each held-out sequence at the end, where this run and the same seed's of
     the other arm both have a positive margin. Against a control, kappa is the loss of the one over
     the gain of the other, from control to treatment, on the same examples.
     """
-    if run.test_sha256 != against.test_sha256:
-        runs = f"{run.run_id} and {against.run_id}"
+    if run.test_sha256 != beside.test_sha256:
+        runs = f"{run.run_id} and {beside.run_id}"
         raise UndefinedError(f"{runs} were tested on different sequences")
     terms = run.example_values(("margin", "logit_scale"))
     margin, scale = terms["margin"], terms["logit_scale"]
-    others = against.example_values(("margin",))["margin"].reindex(margin.index)
+    others = beside.example_values(("margin",))["margin"].reindex(margin.index)
     both = (margin > 0) & (others > 0)
     if not both.any():
         raise UndefinedError("no example has a positive margin in both arms")
@@ -348,9 +392,9 @@ class Summary:
         return "curve" in inspect.signature(self.function).parameters
 
     @property
-    def reads_both(self) -> bool:
-        """Whether it needs the same seed's run of the arm that is compared with."""
-        return "against" in inspect.signature(self.function).parameters
+    def reads_beside(self) -> bool:
+        """Whether it needs the run of the other arm."""
+        return "beside" in inspect.signature(self.function).parameters
 
     @property
     def prompts(self) -> Table | None:
@@ -363,10 +407,10 @@ class Summary:
         run: RunView,
         curve: Curve | None,
         cells: Sequence[RunView] = (),
-        against: RunView | None = None,
+        beside: RunView | None = None,
     ) -> float | Time | tuple[float, float]:
-        """Reduce one run, beside another arm's, or one seed's runs in the cells of a factorial."""
-        given = {"curve": curve, "run": run, "cells": cells, "against": against}
+        """Reduce one run, with the other arm's beside it, or one seed's runs in all cells."""
+        given = {"curve": curve, "run": run, "cells": cells, "beside": beside}
         parameters = inspect.signature(self.function).parameters
         return self.function(*(given[p] for p in parameters if p in READ), *self.arguments)
 

@@ -149,18 +149,21 @@ def family_table(arms: Sequence[Arm]) -> Table:
     rows = _table(run, "families")
     rows = rows[rows["control"] == "own"].nlargest(12, "n")
     columns = ("k", "n", "eta", "eta_null", "p", "furthest", "own_weight", "accuracy",
-               "accuracy_null", "effective_rank")  # fmt: skip
+               "accuracy_null", "effective_rank", "slant")  # fmt: skip
+    values = rows.reindex(columns=[*columns]).to_numpy(float)  # older runs have no slant
     cells = [
-        (str(name), *(number(value) for value in values))
-        for name, values in zip(rows["concept"], rows[[*columns]].to_numpy(float), strict=True)
+        (str(name), *("undefined" if np.isnan(value) else number(value) for value in row))
+        for name, row in zip(rows["concept"], values, strict=True)
     ]
     heads = ("parent", "children", "tokens", "eta^2", "eta^2 of permuted labels", "p",
              "furthest level from 1", "own weight", "nearest corner right", "of permuted labels",
-             "effective rank")  # fmt: skip
+             "effective rank", "largest |cos| with a difference")  # fmt: skip
     return Table(
         "Children of one parent", heads, tuple(cells),
         "Of held-out tokens of exactly one child. Were differences orthogonal to the parent, all "
-        "children would lie at one level, and eta^2 be that of permuted labels.",
+        "children would lie at one level, and eta^2 be that of permuted labels. The last column is "
+        "of the parent with the differences of its children, from unlike lemmas, where the parent "
+        "is above noise; family.slant has it beside the controls.",
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from allostasis.analysis.aggregate import Arm
 from allostasis.analysis.canvas import Figure
 from allostasis.analysis.curves import RunView, UndefinedError
 from allostasis.analysis.intervals import t_interval
+from allostasis.analysis.seed_agreement import agreement_table
 from allostasis.analysis.summaries import end
 from allostasis.analysis.tables import Table
 from allostasis.analysis.text import bracket, number
@@ -30,6 +31,7 @@ SCORES = {
     "mcc_truth.children": "cosine with the truth, children",
     "absorption": "absorption",
 }
+OF_LATENTS = ("dead_fraction", "dead_fraction.silent")
 ON_THE_WAY = {
     "explained_variance": "explained variance, val",
     "l0": "L0, val",
@@ -115,16 +117,20 @@ def _but_for_k(arm: Arm) -> tuple[str, ...]:
 
 
 def tables(arms: Sequence[Arm]) -> list[Table]:
-    """Every score of every arm."""
-    names = _recorded(arms, SCORES)
+    """Every score of every arm, and how far seeds agree."""
+    names = _recorded(arms, [*SCORES, *OF_LATENTS])
     rows = tuple(
         (arm.condition, str(len(arm.runs)), *(_cell(_ends(arm, name)) for name in names),
          str(arm.runs[0].summary.get("d_sae")), str(arm.runs[0].summary.get("n_parameters")))
         for arm in arms
     )  # fmt: skip
     columns = ("condition", "seeds", *names, "latents", "parameters")
-    note = "Mean over seeds and its 95 % interval (t) on held-out rows, after the last update."
-    return [Table("Scores", columns, rows, note)]
+    note = (
+        "Mean over seeds and its 95 % interval (t) on held-out rows, after the last update. "
+        "dead_fraction takes 100,000 of them (module.n_test, of 2 million of task.n_tokens); "
+        "dead_fraction.silent is the share that fired in none of those there were."
+    )
+    return [Table("Scores", columns, rows, note), *agreement_table(arms)]
 
 
 def _cell(values: np.ndarray) -> str:

@@ -273,7 +273,7 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str, earlier: Sequence[i
                 used.append(other)
             treatments = _units(claim, arm, arms, other)
             if other is not None:
-                control = summarise(claim, other, against=arm)
+                control = summarise(claim, other, beside=arm)
                 if claim.estimand is not None and claim.estimand.of not in UNPAIRED:
                     treatment, control = pair(treatments[""], control)
                     treatments = {"": treatment}
@@ -324,13 +324,13 @@ def _reads_accuracy(claim: Claim) -> bool:
     return metric is not None and metric.partition(".")[0] == "accuracy"
 
 
-def _units(claim: Claim, arm: Arm, arms: Sequence[Arm], against: Arm | None) -> dict[str, Sample]:
+def _units(claim: Claim, arm: Arm, arms: Sequence[Arm], beside: Arm | None) -> dict[str, Sample]:
     """What a claim's units are reduced to: one sample, or one a depth, by name."""
     assert claim.estimand is not None
     if claim.estimand.unit == "cluster":
         return clusters.samples(claim, arm)
     cells = [a for a in arms if (a.condition, a.device) == (arm.condition, arm.device)]
-    return {"": summarise(claim, arm, cells, against)}
+    return {"": summarise(claim, arm, cells, beside)}
 
 
 def _interval(inference: Inference, level: float) -> Interval | None:

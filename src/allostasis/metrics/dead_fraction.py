@@ -31,6 +31,9 @@ def dead_fraction(firings: Int[Tensor, " latent"]) -> Float[Tensor, ""]:
 class DeadFraction(Metric):
     """Dead latents; undefined below 100,000 rows, in which a rare latent may just not have fired.
 
+    No preset of `hsae_train` reads as many test rows; module.n_test=100_000 does, of 2 million rows
+    of activations or of planted ones, whose number is task.n_rows.
+
     Parts:
         parents: Of the parents, where there are levels.
         children: Of the children.

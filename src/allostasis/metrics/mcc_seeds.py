@@ -33,6 +33,9 @@ def mcc_seeds(
 class MccSeeds(Metric):
     """Mean absolute cosine of latents assigned one-to-one, over the other seeds' decoders.
 
+    A run knows no other seed, so that none records it: the report of `hsae_train` gives it for runs
+    that have kept their decoders.
+
     Parts:
         null: The same for as many random directions in place of the others'.
     """

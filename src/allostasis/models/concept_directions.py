@@ -6,8 +6,10 @@ here normalises a vector before a difference is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -184,6 +186,14 @@ class Lemmas:
         pairs = (weights @ self.counts).square() - weights.square() @ self.counts.square()
         return total / pairs
 
+    def inner(self, other: Lemmas) -> float:
+        """Inner product of two means, from pairs of unlike lemmas: unbiased, 0 under noise."""
+        _, own, others = np.intersect1d(self.keys, other.keys, return_indices=True)
+        total = self.sums.sum(dim=0) @ other.sums.sum(dim=0)
+        pairs = self.counts.sum() * other.counts.sum()
+        alike = (self.sums[own] * other.sums[others]).sum()
+        return float((total - alike) / (pairs - self.counts[own] @ other.counts[others]))
+
     def lower_bound(self, rng: np.random.Generator, *, n_boot: int, level: float = 0.95) -> float:
         """Lower end of the percentile interval of `square`, resampling lemmas.
 
@@ -256,6 +266,26 @@ def disjoint(
         dd=float((cc - 2 * cp + pp).mean()),
         num_squared=float((num[0] * num[1]).mean()),
     )
+
+
+def largest_slant(parent: Lemmas, children: Sequence[Lemmas]) -> float | None:
+    """Largest |cos(p, c_i - c_j)| of two children, from inner products of unlike lemmas.
+
+    Being a maximum of estimates, it is above 0 where all cosines are 0; the same of a control is
+    what it is to be held against.
+
+    Returns:
+        In [0, oo), for an estimate's cosine may pass 1; None where the parent's squared length, or
+        that of every difference, is estimated at 0 or below.
+    """
+    pp, along = parent.square(), [child.inner(parent) for child in children]
+    found = []
+    for i, j in combinations(range(len(children)), 2):
+        one, other = children[i], children[j]
+        dd = one.square() - 2 * one.inner(other) + other.square()
+        if pp > 0 and dd > 0:
+            found.append(abs(along[i] - along[j]) / math.sqrt(pp * dd))
+    return max(found, default=None)
 
 
 def _folds(n: int, n_partitions: int, rng: np.random.Generator) -> np.ndarray:

@@ -23,6 +23,23 @@ class UnsupportedExport(ValueError):
     """A hierarchical SAE whose flat form would be too large."""
 
 
+def check_flat(d_sae: int, d_model: int) -> None:
+    """Refuse what has no flat form that could be written.
+
+    Args:
+        d_sae: Latents, parents and children.
+        d_model: Width of an activation.
+
+    Raises:
+        UnsupportedExport: The decoder would have more than 2^30 entries.
+    """
+    if d_sae * d_model > MAX_FLAT:
+        raise UnsupportedExport(
+            f"{d_sae} latents x {d_model} are more than 2^30 entries of a decoder, which could not "
+            "be exported; take fewer parents or children"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Codes:
     """What a hierarchical SAE says of some tokens, never spread out over its dictionary.
@@ -225,10 +242,7 @@ class HierarchicalSAE(nn.Module):
         Raises:
             UnsupportedExport: The decoder would have more than 2^30 entries.
         """
-        if self.d_sae * self.d_model > MAX_FLAT:
-            raise UnsupportedExport(
-                f"{self.d_sae} latents x {self.d_model} are more than 2^30 entries of a decoder"
-            )
+        check_flat(self.d_sae, self.d_model)
         scale = self.scale
         children = torch.einsum("mcs,msd->mcd", self.Ec, self.Pi_down).flatten(0, 1)
         return {

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 __all__ = ["HookPoint", "HookedRootModule", "adding", "bridge", "pretrained", "unembed_input"]
 
 UNEMBED_INPUT = "unembed_input"
-"""What the unembedding reads, after the final norm and its weight; TransformerLens has no such."""
+"""What the unembedding reads, after the final norm and its weight."""
+
+TRANSFORMER_LENS = {UNEMBED_INPUT: "unembed.hook_in"}
+"""TransformerLens's own names of hooks that go by another one here.
+
+Both `TransformerBridge` and `HookedTransformer` have it. Where the norm's weight was folded into
+the unembedding, it is another vector than what is read here.
+"""
 
 EXACT = 1e-4
 """By how much logits may differ from the unembedding of what was captured, in float32."""

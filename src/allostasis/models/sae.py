@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from allostasis.core.seeding import derive
 from allostasis.models import hsae_sae_lens
 from allostasis.models.hsae import HierarchicalSAE
+from allostasis.models.lens import TRANSFORMER_LENS
 
 __all__ = [
     "FlatCodes", "FlatSAE", "SAETransformerBridge", "SyntheticModel", "export", "load",
@@ -175,11 +176,16 @@ def export(sae: HierarchicalSAE | FlatSAE, folder: Path, **metadata: Any) -> Non
     Args:
         sae: In training form.
         folder: Gets `cfg.json` and `sae_weights.safetensors`.
-        metadata: `hook_name`, `model_name` and whatever else a reader wants to know.
+        metadata: `hook_name`, `model_name` and whatever else a reader wants to know. A hook that
+            goes by another name in TransformerLens is written under that one, since SAELens passes
+            over an SAE whose hook it does not find; ours stays as `task_hook`.
 
     Raises:
         UnsupportedExport: Its decoder would have more than 2^30 entries.
     """
+    hook = metadata.get("hook_name")
+    if hook in TRANSFORMER_LENS:
+        metadata |= {"hook_name": TRANSFORMER_LENS[hook], "task_hook": hook}
     if isinstance(sae, FlatSAE):
         sae.export(folder, **metadata)
     else:

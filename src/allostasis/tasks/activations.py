@@ -153,6 +153,11 @@ class ActivationDataModule(L.LightningDataModule):
         """Batches of an epoch; the rows that fill no batch are left out."""
         return self.n_train // self.batch_size
 
+    @property
+    def n_batches(self) -> int:
+        """Batches of all epochs."""
+        return self.n_batches_per_epoch * self.epochs
+
     # ------------------------------------------------------------------ batches
 
     def batch(self, step: int, device: torch.device | str = "cpu") -> ActivationBatch:
@@ -166,7 +171,7 @@ class ActivationDataModule(L.LightningDataModule):
             raise ValueError(
                 f"task.batch_size={self.batch_size} is more than the {self.n_train} rows of train"
             )
-        if step >= per_epoch * self.epochs:
+        if step >= self.n_batches:
             raise ValueError(
                 f"update {step} is past the last: {self.n_train:,} rows of train give "
                 f"{per_epoch} batches an epoch, and task.epochs={self.epochs}. Harvest more with "

@@ -91,11 +91,15 @@ def of_pca(x: Float[Tensor, "row d"], *, m: int, c: int) -> Directions:
 
 
 def of_kmeans(x: Float[Tensor, "row d"], *, m: int, c: int, seed: int) -> Directions:
-    """Centroids of k-means as parents; the first components of each cluster as its children."""
+    """Centroids of k-means as parents; the first components of each cluster as its children.
+
+    Centroids less the mean of all rows, which an autoencoder's bias begins with: with the mean in
+    them, where that is large, all parents would be one.
+    """
     from sklearn.cluster import KMeans
 
     found = KMeans(m, random_state=derive(seed, "control") % 2**32).fit(x.numpy())
-    parents = torch.from_numpy(found.cluster_centers_).to(x)
+    parents = torch.from_numpy(found.cluster_centers_).to(x) - x.mean(dim=0)
     children = x.new_zeros(m, c, x.shape[1])
     mask = torch.zeros(m, c, dtype=torch.bool)
     for j in range(m):

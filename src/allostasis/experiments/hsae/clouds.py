@@ -27,6 +27,11 @@ def kept_tokens(model: LanguageModel) -> np.ndarray:
     return np.setdiff1d(np.arange(size), model.tokenizer.all_special_ids)
 
 
+def unembedding(model: LanguageModel) -> Float[Tensor, "vocab width"]:
+    """Rows of a model's unembedding, by token, float32 on the CPU."""
+    return model.decoder.W_U.detach().T.float().cpu()
+
+
 @dataclass(frozen=True)
 class Cloud:
     """Whitened rows by token id.

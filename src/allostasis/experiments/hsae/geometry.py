@@ -270,6 +270,7 @@ class Geometry:
     def families(self) -> pd.DataFrame:
         """Level and simplex tests of each parent with enough children that have tokens held out."""
         rows: list[dict[str, Any]] = []
+        draws = self.rng.spawn(1)[0]
         for parent, children in self._families().items():
             held_out = self._held_out(children)
             there = [c for c in children if (held_out["child"] == c).sum() >= 2]
@@ -290,9 +291,19 @@ class Geometry:
                 corners, own, tokens, labels, self.rng, n_perm=self.precision.n_perm
             )
             rows.append({
-                "parent": parent, "k": len(there), "n": len(labels), **vars(level), **vars(shape)
+                "parent": parent, "k": len(there), "n": len(labels), **vars(level), **vars(shape),
+                "slant": self._slant(parent, there, draws),
             })  # fmt: skip
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows).astype({"slant": "float64"}) if rows else pd.DataFrame()
+
+    def _slant(self, parent: int, children: list[int], rng: np.random.Generator) -> float | None:
+        """`largest_slant`, where the parent is above noise and all have lemmas enough."""
+        above, below = self.lemmas(parent), [self.lemmas(child) for child in children]
+        if min(len(one.keys) for one in (above, *below)) < N_FOLDS:
+            return None
+        if above.lower_bound(rng, n_boot=self.precision.n_boot) <= 0:
+            return None
+        return directions.largest_slant(above, below)
 
     # ------------------------------------------------------------------ for the figures
     def pairs(self) -> pd.DataFrame:

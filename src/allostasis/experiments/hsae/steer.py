@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.effects import one_sample_effect
 from allostasis.callbacks.progress import Ticker
 from allostasis.core.records import RunRecord
@@ -37,6 +39,10 @@ from allostasis.tasks.harvest import UNEMBED_INPUT
 from allostasis.tasks.ioi import IOI
 
 TRAIN, TEACHER = "hsae_train", "hsae_teacher"
+OUTCOMES = (
+    "alpha", "gain", "leakage", "leakage_logit", "near", "far", "success", "success_clean",
+    "log_perplexity_change", "hedges_g",
+)  # fmt: skip
 CLAIMED = 1.0  # nats of gain at which a claim compares leakage
 
 
@@ -169,7 +175,8 @@ class HSAESteer(L.LightningModule):
             rng = np.random.default_rng([derive(self.task.seed, "control"), concept.synset])
             found += self._concept(concept, list(sources.of(concept, rng, self.n_random)))
             tick(done + 1, len(concepts))
-        table = pd.DataFrame(found).astype({"parent": "Int64"})
+        kinds = {"parent": "Int64", **dict.fromkeys(OUTCOMES, "float64")}
+        table = pd.DataFrame(found).astype(kinds)
         matches = self._matches(sources)
         self._summary = {
             "concepts": len(concepts),
@@ -185,7 +192,7 @@ class HSAESteer(L.LightningModule):
 
     def _concept(self, concept: Concept, sources: Sequence[Source]) -> list[dict[str, Any]]:
         targets = self.there.at(concept.targets)
-        noise = [self._effect(one) for one in sources if one.name == "random"]
+        noise = {one.draw: self._effect(one) for one in sources if one.name == "random"}
         controls = self._controls(concept)
         found = []
         for source in sources:
@@ -195,17 +202,25 @@ class HSAESteer(L.LightningModule):
                 "latent": source.latent,
             }  # fmt: skip
             effect, doses = None, [None] * len(self.gains)
+            chance = [
+                other
+                for draw, other in noise.items()
+                if (source.name, source.draw) != ("random", draw)  # it is not its own chance
+            ]
             if source.direction is not None:
                 effect = self._effect(source)
                 doses = self.there.doses(effect, self.gains, targets, self.there.reach)
             for asked, alpha in zip(self.gains, doses, strict=True):
-                row = {**what, "asked": asked, "reached": False, "why_not": source.why_not}
+                row = {
+                    **what, "asked": asked, "reached": False, "why_not": source.why_not,
+                    **dict.fromkeys(OUTCOMES),
+                }  # fmt: skip
                 if effect is not None:
                     if alpha is None:
                         row["why_not"] = f"not within {shifts.LARGEST:g} lengths of the stream"
                     else:
                         row |= {"reached": True, "alpha": alpha}
-                        row |= self._outcomes(concept, effect, alpha, controls, noise)
+                        row |= self._outcomes(concept, effect, alpha, controls, chance)
                 found.append(row)
         return found
 
@@ -219,7 +234,7 @@ class HSAESteer(L.LightningModule):
         effect: Tensor,
         alpha: float,
         controls: Tensor,
-        noise: Sequence[Tensor],
+        chance: Sequence[Tensor],
     ) -> dict[str, float]:
         before = self.there.logits
         after = before + alpha * effect
@@ -227,7 +242,6 @@ class HSAESteer(L.LightningModule):
         is_member = torch.zeros(before.shape[1], dtype=torch.bool)
         is_member[members] = True
         gains = self._gains(effect, alpha, targets)
-        chance = np.mean([self._gains(one, alpha, targets) for one in noise], axis=0)
         nll = [
             -logits.log_softmax(dim=1).gather(1, self.answers[:, None]).mean()
             for logits in (before, after)
@@ -241,8 +255,11 @@ class HSAESteer(L.LightningModule):
             "success": float(is_member[after.argmax(dim=1)].double().mean()),
             "success_clean": float(is_member[before.argmax(dim=1)].double().mean()),
             "log_perplexity_change": float(nll[1] - nll[0]),
-            "hedges_g": one_sample_effect(gains - chance, 0.0).g,
         }
+        if chance:
+            by_chance = np.mean([self._gains(one, alpha, targets) for one in chance], axis=0)
+            with suppress(UndefinedError):  # of two contexts there is no spread to speak of
+                found["hedges_g"] = one_sample_effect(gains - by_chance, 0.0).g
         if len(concept.far):
             found["far"] = float(effect[self.there.at(concept.far)].mean() / shift)
         return found
@@ -321,11 +338,11 @@ def readings(table: pd.DataFrame) -> pd.DataFrame:
         })  # fmt: skip
         there = rows[rows["reached"]]
         for column, (metric, unit) in names.items():
-            if len(there):
-                value = float(there[column].mean())
+            values = there[column].dropna()
+            if len(values):
                 found.append({
-                    **where, "metric": metric, "unit": unit, "value": value, "n": len(there),
-                    "scale": asked,
+                    **where, "metric": metric, "unit": unit, "value": float(values.mean()),
+                    "n": len(values), "scale": asked,
                 })  # fmt: skip
     at_one = table[(table["asked"] == CLAIMED) & table["reached"]]
     for (source, level), rows in at_one.groupby(["source", "level"], sort=True):

@@ -20,7 +20,7 @@ from allostasis.core.records import write_atomically
 from allostasis.core.seeding import derive
 from allostasis.core.spaces import CausalMetric, Metric, Shrinkage, UnembVec, causal_metric
 from allostasis.experiments.hsae import shifts, teacher_tables
-from allostasis.experiments.hsae.clouds import Control, Placed, cloud, kept_tokens
+from allostasis.experiments.hsae.clouds import Control, Placed, cloud, kept_tokens, unembedding
 from allostasis.experiments.hsae.geometry import HELD_OUT, Geometry, Precision
 from allostasis.models import concept_directions as directions
 from allostasis.models.concept_directions import Estimator
@@ -113,7 +113,7 @@ class HSAETeacher(L.LightningModule):
     @property
     def raw(self) -> Tensor:
         """Rows of the unembedding, by token."""
-        return self.model.decoder.W_U.detach().T.float().cpu()
+        return unembedding(self.model)
 
     def _rng(self, what: str) -> np.random.Generator:
         return np.random.default_rng([derive(self.task.seed, "control"), *what.encode()])

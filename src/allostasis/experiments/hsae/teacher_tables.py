@@ -15,6 +15,7 @@ from allostasis.models import concept_directions as directions
 from allostasis.tasks.concepts import ConceptTable
 
 EXISTS = 1.0  # d' from which on held-out members are told from other tokens
+PUBLISHED = 80.0  # degrees, that noise passes where vectors are normalised first
 COSINE = 0.174  # of 80 degrees
 LEAST_DEFINED = 0.5  # of the edges
 CALIBRATED = 0.05  # cosine by which a simulated null may miss its closed form
@@ -168,6 +169,11 @@ class Collected:
         )
         off = (edges["angle"] - 90).abs()
         self._add("angle.off_median", float(off.median()), len(edges), control=name, unit="deg")
+        if "published_angle" in edges:
+            angles = edges["published_angle"]
+            median, above = float(angles.median()), float((angles >= PUBLISHED).mean())
+            self._add("published_angle.median", median, len(angles), control=name, unit="deg")
+            self._add("published_angle.above_80", above, len(angles), control=name)
         self._mean("cosine.mean", edges["cosine"], clusters, control=name)
         defined = edges["defined"].astype(float)
         share, _ = self._mean("disjoint.defined", defined, clusters, control=name)
@@ -196,9 +202,11 @@ class Collected:
         if not cloud.families.empty:
             rows = cloud.families
             for column in ("eta", "eta_null", "furthest", "smallest", "effective_rank",
-                           "own_weight", "accuracy", "accuracy_null"):  # fmt: skip
-                value = float(rows[column].median())
-                self._add(f"family.{column}", value, len(rows), control=name)
+                           "own_weight", "accuracy", "accuracy_null", "slant"):  # fmt: skip
+                values = rows[column].dropna()
+                if len(values):
+                    value = float(values.median())
+                    self._add(f"family.{column}", value, len(values), control=name)
 
     def _compare(self) -> None:
         """How far real parents without the child's tokens are from what noise gives."""

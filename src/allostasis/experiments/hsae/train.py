@@ -14,15 +14,18 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from allostasis.core.records import RunRecord, write_table
+from allostasis.core.spaces import CausalMetric, UnembVec, causal_metric
 from allostasis.experiments.hsae import arms
+from allostasis.experiments.hsae.clouds import kept_tokens, unembedding
 from allostasis.experiments.hsae.scoring import Activations, Scoring
 from allostasis.experiments.hsae.stages import Losses, StageA, stages
 from allostasis.experiments.hsae.training import Training
 from allostasis.metrics.base import Snapshot
-from allostasis.models.hsae import HierarchicalSAE, KernelChoice
+from allostasis.models.hsae import HierarchicalSAE, KernelChoice, check_flat
 from allostasis.models.sae import FlatSAE, SyntheticModel, export
-from allostasis.models.teacher import FILE, read_teacher
+from allostasis.models.teacher import FILE, Teacher, read_teacher
 from allostasis.models.zoo import LanguageModel
+from allostasis.tasks.activations import ActivationDataModule
 from allostasis.tasks.concepts import Selection, read_table
 from allostasis.tasks.planted_hierarchy import PlantedHierarchy
 
@@ -66,16 +69,18 @@ class HsaeTrain(Training):
         dead_after_tokens: Tokens without firing after which a latent is dead.
         n_watch: Rows that are looked at on the way.
         n_match: Rows of train on which concepts are matched to latents.
-        n_test: Rows of test.
+        n_test: Rows of test; `dead_fraction` needs 100,000, a twentieth of 2 million in all.
         n_loss: Rows of test whose next token is predicted.
         chunk: Updates between two looks at which latents are dead.
         eval_every: Updates between evaluations; a multiple of `chunk`.
         log_grad_every: Updates between looks at each loss and its gradient; likewise.
-        evaluate_at: Updates after which concepts are scored too, and weights kept.
+        evaluate_at: Updates after which concepts are scored too, and weights kept; multiples of
+            `eval_every`.
 
     Raises:
         ConfigError: A stage enables a loss that can move nothing.
-        ValueError: Settings do not go together.
+        UnsupportedExport: What is trained could not be written at the end.
+        ValueError: Settings do not go together, or the task holds fewer batches than updates.
     """
 
     hindsight: frozenset[str] = frozenset()
@@ -143,15 +148,26 @@ class HsaeTrain(Training):
         self.match: arms.Match = match
         self.is_planted = isinstance(task, PlantedHierarchy)
         self.shape = {"m": m, "c": c, "s": s, "k": k, "k_child": k_child}
-        self._check(reads, reads_of)
-        task.prepare(model)
+        self._check(reads, reads_of, teacher)
         language_model = model if isinstance(model, LanguageModel) else None
+        if kind == "hsae":
+            decoder = task if language_model is None else language_model.decoder
+            check_flat(m * (1 + c), decoder.d_model)
+        task.prepare(model)
+        if isinstance(task, ActivationDataModule) and max_steps > task.n_batches:
+            raise ValueError(
+                f"module.max_steps={max_steps}: {task.n_train:,} rows of train hold "
+                f"{task.n_batches:,} batches of {task.batch_size} in task.epochs={task.epochs}. "
+                "Harvest more with task.n_tokens, or read them more often"
+            )
         self.hook = task.hook
         self.model_name = self.hook if language_model is None else language_model.title
         self.scoring = Scoring(
             task, language_model, n_watch=n_watch, n_match=n_match, n_test=n_test, n_loss=n_loss
         )
         self.hold(self._made(kernel))
+        self.teacher: Teacher | None = None
+        self.teacher_arm = teacher
         self.n_random: int | None = None
         self._latest: dict[tuple[str, str | None], float] = {}
         self.offers = frozenset({"coding", "decoder", "members", "matches"})
@@ -161,7 +177,9 @@ class HsaeTrain(Training):
         if self.is_planted or start not in arms.TAUGHT:
             self._begin()
 
-    def _check(self, reads: Sequence[str], reads_of: Mapping[str, str] | None) -> None:
+    def _check(
+        self, reads: Sequence[str], reads_of: Mapping[str, str] | None, teacher: str
+    ) -> None:
         for name, steps in (
             ("eval_every", self.eval_every),
             ("log_grad_every", self.log_grad_every),
@@ -170,6 +188,13 @@ class HsaeTrain(Training):
         ):
             if steps % self.chunk:
                 raise ValueError(f"{name}={steps} is no multiple of chunk={self.chunk}")
+        for step in self.evaluate_at:
+            if step % self.eval_every or not 0 < step <= self.max_steps:
+                raise ValueError(
+                    f"module.evaluate_at={list(self.evaluate_at)}: nothing is evaluated at {step}, "
+                    f"only at multiples of eval_every={self.eval_every} up to "
+                    f"max_steps={self.max_steps}; name some of those, or none with []"
+                )
         if self.kind != "hsae" and not reads:
             raise ValueError(
                 f"kind={self.kind} takes its L0 from a hierarchical arm; set reads=[baseline]"
@@ -183,6 +208,11 @@ class HsaeTrain(Training):
             raise ValueError(
                 "concepts are read from a run of hsae_teacher; set module.reads_of={hsae_teacher: "
                 "causal}"
+            )
+        if reads_of and reads_of[TEACHER] != teacher:
+            raise ValueError(
+                f"module.teacher={teacher}, and the run that is read is {reads_of[TEACHER]}'s; set "
+                "module.teacher alone"
             )
         if not self.is_planted and self.start in arms.TAUGHT:
             hook = self.task.hook
@@ -221,7 +251,8 @@ class HsaeTrain(Training):
             self.teacher = read_teacher(folder / FILE)
             table = read_table(folder, tokenizer_sha256=self.teacher.tokenizer_sha256)
             self.scoring.use(table, self.teacher)
-            self.sigma = self.teacher.metric.sigma.float().to(self.device)
+            self.metric = self._metric(self.teacher)
+            self.sigma = self.metric.sigma.float().to(self.device)
             facts["teacher"] = {
                 "parents": len(self.teacher.synsets), "children": int(self.teacher.mask.sum()),
             }  # fmt: skip
@@ -235,6 +266,13 @@ class HsaeTrain(Training):
             self._begin()
         facts["random_slots"] = self.n_random
         return facts
+
+    def _metric(self, teacher: Teacher) -> CausalMetric:
+        """The causal inner product, in which losses and curves are of every arm alike."""
+        model = self.scoring.model
+        if self.teacher_arm != "euclidean" or model is None:
+            return teacher.metric  # that of shuffled rows is the model's own, too
+        return causal_metric(UnembVec(unembedding(model)[torch.from_numpy(kept_tokens(model))]))
 
     def _begin(self) -> None:
         """Plant the first atoms."""
@@ -320,9 +358,12 @@ class HsaeTrain(Training):
         for name, frame in tables.items():
             table = pa.Table.from_pandas(frame.assign(run_id=run_id), preserve_index=False)
             write_table(folder / f"{name}.parquet", table, table.schema, nullable=True)
+        self.write_sae(folder / "sae", run_id)
+
+    def write_sae(self, folder: Path, run_id: str) -> None:
+        """Write the autoencoder in SAELens's layout, with the hook that it is for."""
         export(
-            self.model, folder / "sae", hook_name=self.hook, model_name=self.model_name,
-            run_id=run_id,
+            self.model, folder, hook_name=self.hook, model_name=self.model_name, run_id=run_id
         )  # fmt: skip
 
     def _match_table(self) -> pd.DataFrame:

@@ -14,13 +14,13 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from allostasis.core.seeding import derive
+from allostasis.core.spaces import CausalMetric
 from allostasis.experiments.hsae import arms
 from allostasis.experiments.hsae.scoring import Activations
 from allostasis.experiments.hsae.stages import Stage, rate
 from allostasis.models.hsae import HierarchicalSAE
 from allostasis.models.hsae_losses import ORTHO_ROWS, ConfigError, Dead, losses, refusal
 from allostasis.models.sae import FlatSAE
-from allostasis.models.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,9 @@ class Training(L.LightningModule):
         self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
         self.l1_warmup_steps, self.decoder_lr_mult = l1_warmup_steps, decoder_lr_mult
         self.dead_after_tokens, self.evaluate_at = dead_after_tokens, tuple(evaluate_at)
+        self.metric: CausalMetric | None = None
         self.sigma: Tensor | None = None
         self.beginning: arms.Directions | None = None
-        self.teacher: Teacher | None = None
         self.updates, self._entered = 0, ""
         self._milestones: dict[int, dict[str, Tensor]] = {}
         self.curves: list[dict[str, Any]] = []
@@ -239,10 +239,9 @@ class Training(L.LightningModule):
                 )
             ]  # fmt: skip
         if self.beginning is not None and isinstance(self.model, HierarchicalSAE):
-            metric = None if self.teacher is None else self.teacher.metric
             pairs = zip(
                 ("parents", "children"),
-                arms.cosines(self.model, self.beginning, metric),
+                arms.cosines(self.model, self.beginning, self.metric),
                 strict=True,
             )
             self.curves += [
