@@ -489,7 +489,7 @@ def test_the_report_draws_every_figure_and_says_what_was_frozen(root: Path) -> N
     for seed in (5, 6, 7):
         for condition in arms:
             do(root / "whole", condition, f"seed={seed}")
-    do(root / "whole", "class_shrink_b")
+    do(root / "whole", "class_halve_b")
     folder = root / "whole/outputs/constraint"
     assert main([str(folder)]) == 0
     drawn = {path.stem for path in (folder / "report/figures").glob("*.png")}
