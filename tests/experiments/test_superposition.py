@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,6 +132,109 @@ def test_no_layer_of_both_kinds_is_no_ratio() -> None:
         energies.compared(np.ones(3, dtype=bool))
 
 
+@torch.no_grad()
+def test_a_sink_at_position_0_is_in_no_variance_of_a_language_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every sequence begins with a token whose embedding is 1,000 times as long as others."""
+    from allostasis.engines.subjects import DecoderSubject
+    from allostasis.experiments.superposition.collected import Collected
+    from allostasis.experiments.superposition.survey import Rule, Survey
+    from allostasis.models.lens import pretrained
+    from allostasis.tasks.splits import next_tokens
+
+    model = pretrained(arch="llama")
+    weights = model.hf.get_input_embeddings().weight
+    planted = weights.clone()
+    planted[3] *= 1_000
+    monkeypatch.setattr(weights, "data", planted)
+
+    generator = torch.Generator().manual_seed(0)
+    splits = {}
+    for split in ("calibrate", "select", "measure"):
+        tokens = torch.randint(4, 100, (12, 9), generator=generator)
+        tokens[:, 0] = 3
+        splits[split] = next_tokens(tokens)
+    subject = DecoderSubject(model.decoder)
+    heads = [(layer, head) for layer in range(subject.n_layers) for head in range(subject.n_heads)]
+    survey = Survey(subject, splits, heads, seed=0, rule=Rule(draws=100, outer=2))  # type: ignore[arg-type]
+    monkeypatch.setattr(  # three heads are found, whatever their effects
+        survey, "detect", lambda effects: suppressors.Detection(
+            effects.mean(axis=0), np.ones(len(heads)), np.ones(len(heads)),
+            np.isin(np.arange(len(heads)), chosen),
+        ),
+    )  # fmt: skip
+    chosen = [0, 1, len(heads) - 1]
+    found = Collected()
+    survey.record(["zero"], found)
+    rows = {(r["metric"], r.get("layer"), r.get("head")): r for r in found.readings}
+
+    hidden: dict[str, torch.Tensor] = {}
+    layers = model.hf.model.layers
+
+    def run(silent: list[tuple[int, int]]) -> torch.Tensor:
+        """What the last block gives; heads' values are kept, some are silenced before."""
+
+        def hook(layer: int):  # noqa: ANN202
+            def read(module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+                del module
+                z = args[0].unflatten(-1, (subject.n_heads, -1)).clone()
+                for at, head in silent:
+                    if at == layer:
+                        z[:, :, head] = 0
+                hidden[f"z{layer}"] = z
+                return (z.flatten(-2),)
+
+            return read
+
+        def keep(module: object, args: object, out: torch.Tensor | tuple[torch.Tensor]) -> None:
+            del module, args
+            hidden["end"] = out if isinstance(out, torch.Tensor) else out[0]
+
+        handles = [
+            block.self_attn.o_proj.register_forward_pre_hook(hook(i))
+            for i, block in enumerate(layers)
+        ]
+        handles.append(layers[-1].register_forward_hook(keep))
+        model.hf(splits["measure"].tokens)
+        for handle in handles:
+            handle.remove()
+        return hidden["end"].double()
+
+    def spread(vectors: torch.Tensor, first: int) -> float:
+        flat = vectors[:, first:].flatten(0, 1).numpy()
+        return float(flat.var(axis=0).mean())
+
+    intact = run([])
+    for layer, head in heads:
+        d_head = hidden[f"z{layer}"].shape[-1]
+        columns = layers[layer].self_attn.o_proj.weight[:, head * d_head : (head + 1) * d_head]
+        writes = hidden[f"z{layer}"][:, :, head].double() @ columns.double().T
+        for name, first in (("", 1), (".with_first", 0)):
+            row = rows[f"head_write_variance{name}", layer, head]
+            assert row["value"] == pytest.approx(spread(writes, first), rel=1e-4)
+            assert row["n"] == 12 * (8 - first)
+    assert spread(intact, 0) > 100 * spread(intact, 1)
+    ablated = run([heads[index] for index in chosen])
+    for name, first in (("", 1), ("_with_first", 0)):
+        e2 = rows[f"residual_variance.ratio_zero{name}", None, None]["value"]
+        assert e2 == pytest.approx(spread(ablated, first) / spread(intact, first), rel=1e-4)
+    assert abs(rows["residual_variance.ratio_zero_with_first", None, None]["value"] - 1) < 0.01
+    assert abs(rows["residual_variance.ratio_zero", None, None]["value"] - 1) > 0.01
+    for part, end in (("", ""), (".with_first", "_with_first")):
+        variances = [rows[f"head_write_variance{part}", *head]["value"] for head in heads]
+        logs = []
+        for layer in {heads[index][0] for index in chosen}:
+            here = [index for index, head in enumerate(heads) if head[0] == layer]
+            above = [variances[index] for index in here if index in chosen]
+            below = [variances[index] for index in here if index not in chosen]
+            logs.append(np.log(np.mean(above) / np.mean(below)))
+        e1 = rows[f"head_write_variance.ratio_zero{end}", None, None]["value"]
+        assert e1 == pytest.approx(np.exp(np.mean(logs)))
+    streams = pd.concat(found.examples)["stream_clean"].dropna()
+    assert streams.sum() / (12 * 7) == pytest.approx(spread(intact, 1), rel=1e-4)
+
+
 # ---- controls on a trained model
 
 
@@ -173,8 +277,6 @@ def test_planted_ratio_is_recovered(run_arm) -> None:  # noqa: ANN001
 
 @pytest.mark.slow
 def test_no_suppressor_gives_a_reason_and_no_ratio(run_arm) -> None:  # noqa: ANN001
-    import pandas as pd
-
     from allostasis.analysis import claims
     from allostasis.analysis.aggregate import arms
     from allostasis.analysis.curves import RunView

@@ -114,7 +114,7 @@ def check_plants(
         at = heads.index(what.host)
         cost = float(survey.effects("zero", "measure", [what.host]).mean())
         alone = np.arange(len(heads)) == at
-        compared = survey.energies.compared(alone)
+        compared = survey.energies[""].compared(alone)
         interval = compared.interval(survey.rng, draws=rule.draws)
         assert interval.low is not None
         assert interval.high is not None

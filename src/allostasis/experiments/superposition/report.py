@@ -40,8 +40,8 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
         Figure(
             "variances",
             "Variance of what heads write, suppressors beside clean heads",
-            "First seed, on sequences that selection never saw. A box needs five heads; fewer are "
-            "points.",
+            "First seed, on sequences that selection never saw; of a language model without "
+            "position 0, an attention sink. A box needs five heads; fewer are points.",
             partial(plot_box_plots_variance, arms),
         ),
         Figure(
@@ -49,8 +49,8 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "Ratios of variances by model and ablation",
             "E1: suppressors' writes over clean heads', geometric mean over layers, with the "
             "interval of a bootstrap of whole sequences. E2: last residual stream without "
-            "suppressors over with them. One point a seed. Dotted: 1; dashed: the source's 2. A "
-            "model without suppressors has no ratio.",
+            "suppressors over with them. Of a language model without position 0. One point a seed. "
+            "Dotted: 1; dashed: the source's 2. A model without suppressors has no ratio.",
             partial(draw.ratios, arms),
         ),
         Figure(
@@ -125,12 +125,14 @@ def found_table(arms: Sequence[Arm]) -> Table:
         rows.append((
             run.condition, str(run.seed), value, f"{scan['n_selected']} of {scan['n_heads']}",
             number(scan["ratio"]) if "ratio" in scan else "none",
+            number(scan["ratio_with_first"]) if "ratio_with_first" in scan else "",
             told, number(accuracy) if isinstance(accuracy, float) else "",
         ))  # fmt: skip
-    heads = ("condition", "seed", "ablation", "suppressors", "E1", "E1 with selection repeated",
-             "accuracy")  # fmt: skip
+    heads = ("condition", "seed", "ablation", "suppressors", "E1", "E1 with position 0",
+             "E1 with selection repeated", "accuracy")  # fmt: skip
     note = (
-        "Granularity head, component z, all positions, each head alone in the intact model. "
+        "Granularity head, component z, all positions, each head alone in the intact model. E1 of "
+        "a language model leaves position 0 out, an attention sink; with it, it is told beside. "
         "Selection repeated: heads selected anew on resampled sequences; a sensitivity, no "
         "interval. Accuracy: of predictable tokens."
     )
