@@ -394,6 +394,28 @@ def test_a_slope_within_groups_does_not_see_the_groups(slope: float, seed: int) 
     assert found.estimate == pytest.approx(slope, abs=1e-9)
 
 
+def test_the_slope_of_a_grid_pools_no_two_models() -> None:
+    """The first feature of every model has importance 1, whatever the decay."""
+    from allostasis.experiments.superposition.collected import Collected
+    from allostasis.experiments.superposition.features import Grid, survey
+
+    grid = Grid(
+        hidden=[2], ratios=[3], densities=[1.0, 0.1], decays=[1.0, 0.9], n_steps=60, batch_size=64,
+        lr=3e-2,
+    )  # fmt: skip
+    found = Collected()
+    facts = survey(grid, seed=0, device="cpu", name="test", found=found)
+    table = pd.concat(found.examples)
+    table = table[table["represented"]].assign(amplitude=lambda frame: np.log(frame["norm"]))
+    equal = table[table["decay"] == 1.0]  # with 0.9 no two features are as important
+    columns = ["polysemanticity", "amplitude"]
+    off = equal[columns] - equal.groupby("density")[columns].transform("mean")
+    x, y = off["polysemanticity"], off["amplitude"]
+    assert facts["slope"] == pytest.approx(float((x * y).sum() / (x * x).sum()), rel=1e-9)
+    assert facts["n_groups_in_slope"] == 2
+    assert facts["n_in_slope"] == len(equal)
+
+
 def test_a_slope_needs_something_that_varies() -> None:
     with pytest.raises(UndefinedError, match="no two features of one cell"):
         within_slope(np.ones(3), np.arange(3.0), [0, 1, 2])
