@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -262,6 +263,68 @@ def run_arm(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
     return do
 
 
+def _planted(*plants: tuple[float, float, float, float, bool]) -> dict[str, Any]:
+    """What is told of plants: (ratio planted, lower end, upper end, cost, whether it is found)."""
+    from allostasis.experiments.superposition.collected import Collected
+    from allostasis.experiments.superposition.planted import _told
+
+    rows = [
+        {"plant": number, "planted_ratio": ratio, "ratio": (low * high) ** 0.5, "ratio_low": low,
+         "ratio_high": high, "cost": cost, "is_found": is_found}
+        for number, (ratio, low, high, cost, is_found) in enumerate(plants)
+        for _ in ("resample", "zero")
+    ]  # fmt: skip
+    return _told(rows, Collected())
+
+
+STRONG, EVEN = (3.0, 2.2, 3.9, 0.4, True), (1.0, 0.8, 1.2, 0.2, True)
+
+
+@pytest.mark.parametrize(
+    ("plants", "failed"),
+    [
+        ([STRONG, EVEN], set()),
+        ([STRONG, (3.0, 1.9, 3.9, 0.4, True), EVEN], {"plant_3_is_above_2"}),
+        ([STRONG, (1.0, 1.1, 1.4, 0.2, True)], {"plant_1_covers_1"}),
+        ([STRONG, *[EVEN] * 4, (1.0, 1.1, 1.4, 0.2, True)], set()),
+        ([STRONG, *[EVEN] * 3, *[(1.0, 1.1, 1.4, 0.2, True)] * 2], {"plant_1_covers_1"}),
+        ([STRONG, (3.0, 2.2, 3.9, 0.1, False), EVEN], {"every_costly_plant_is_found"}),
+        ([STRONG, (3.0, 2.2, 3.9, 0.05, False), EVEN], set()),
+    ],
+)
+def test_a_plant_that_comes_out_wrong_fails_its_check(
+    plants: list[tuple[float, float, float, float, bool]], failed: set[str]
+) -> None:
+    from allostasis.experiments.superposition.planted import checks
+
+    made, undefined = checks(_planted(*plants))
+    assert {name for name, is_right in made.items() if not is_right} == failed
+    assert len(made) == 3
+    assert not undefined
+
+
+def test_plants_of_which_none_is_costly_prove_nothing(tmp_path: Path) -> None:
+    from allostasis.analysis.curves import RunView
+    from allostasis.analysis.summaries import holds
+    from allostasis.core.records import read_run, write_json
+    from allostasis.experiments.superposition.planted import checks
+
+    cheap = [(3.0, 2.2, 3.9, 0.03, False), (1.0, 0.8, 1.2, 0.01, False)]
+    made, undefined = checks(_planted(*cheap))
+    assert "every_costly_plant_is_found" not in made
+    write_json(tmp_path / "run.json", {
+        "run_id": "r", "exp": "superposition", "condition": "planted", "seed": 0, "device": "cpu",
+        "status": "done", "config_hash": "x", "summary": {"checks": made, "no_check": undefined},
+    })  # fmt: skip
+    write_json(tmp_path / "config.yaml", {})
+    view = RunView(read_run(tmp_path))
+    with pytest.raises(
+        UndefinedError, match=r"no plant costs 0.1 nats a token \(the costliest 0.030"
+    ):
+        holds(view, "every_costly_plant_is_found")
+    assert holds(view, "plant_3_is_above_2") == 1.0
+
+
 @pytest.mark.slow
 def test_planted_ratio_is_recovered(run_arm) -> None:  # noqa: ANN001
     folder = run_arm("planted", "module.n_plants=2", "module.n_steps=200")
@@ -273,6 +336,8 @@ def test_planted_ratio_is_recovered(run_arm) -> None:  # noqa: ANN001
     assert plants["ratio_3"]["mean"] == pytest.approx(3.0, rel=0.1)
     assert plants["ratio_1"]["mean"] == pytest.approx(1.0, rel=0.1)
     assert plants["ratio_3"]["above_2"] == 1.0
+    assert all(facts["summary"]["checks"].values())
+    assert facts["summary"]["no_check"] == {}
 
 
 @pytest.mark.slow

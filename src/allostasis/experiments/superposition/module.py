@@ -234,8 +234,8 @@ class Superposition(L.LightningModule):
             found=found,
         )  # fmt: skip
         self.facts["plants"] = facts
-        checks = {"every_costly_plant_is_found": facts["n_costly_found"] == facts["n_costly"]}
-        self._summary |= {"plants": facts, "checks": checks}
+        checks, undefined = planted.checks(facts)
+        self._summary |= {"plants": facts, "checks": checks, "no_check": undefined}
 
     def _null(self, found: Collected) -> None:
         splits = self._trained(found)
