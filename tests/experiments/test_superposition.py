@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,88 @@ def test_planted_ratio_is_recovered(run_arm) -> None:  # noqa: ANN001
     assert plants["ratio_3"]["above_2"] == 1.0
     assert all(facts["summary"]["checks"].values())
     assert facts["summary"]["no_check"] == {}
+
+
+@pytest.fixture
+def nulls() -> Callable[[], tuple[dict[str, Any], dict[str, bool]]]:
+    """A function that runs the negative controls on a small model; its facts and checks."""
+    from allostasis.experiments.superposition import null
+    from allostasis.experiments.superposition.collected import Collected
+    from allostasis.experiments.superposition.survey import Rule
+    from allostasis.experiments.superposition.training import held_out
+    from allostasis.models.toy_transformer import ToyTransformer
+    from allostasis.tasks.interleaved_patterns import InterleavedPatterns
+
+    def run() -> tuple[dict[str, Any], dict[str, bool]]:
+        toy = ToyTransformer(seed=0, vocab_size=64, seq_len=16, d_model=32, n_layers=2, n_heads=4)
+        splits = held_out(InterleavedPatterns(seed=0, seq_len=16, vocab_size=64), 64)
+        facts = null.check_nulls(
+            toy.requires_grad_(False), splits, n_sets=30, values=["resample"], seed=0, rule=Rule(),
+            found=Collected(),
+        )  # fmt: skip
+        return facts, null.checks(facts, ["resample"])
+
+    return run
+
+
+Nulls = Callable[[], tuple[dict[str, Any], dict[str, bool]]]
+FOUND = ("nothing_where_there_is_nothing", "nothing_false_in_untrained_models",
+         "random_signs_find_none")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_negative_controls_pass_for_the_detector(nulls: Nulls) -> None:
+    facts, checks = nulls()
+    assert all(checks[name] for name in (*FOUND, "a_silent_head_has_no_effect")), facts
+    assert len(checks) == 5
+
+
+def _uncorrected(effects: np.ndarray, rng: np.random.Generator, **options: Any) -> Any:
+    """Each head by its own p, as if it were the only one."""
+    flips = options.get("flips", 999)
+    p = suppressors.sign_flip_above(effects, rng, flips=flips)
+    return suppressors.Detection(effects.mean(axis=0), p, p, p <= 0.05)
+
+
+def _largest(effects: np.ndarray, rng: np.random.Generator, **options: Any) -> Any:
+    """The head with the largest effect, whatever it is."""
+    del rng, options
+    ones = np.ones(effects.shape[1])
+    selected = np.arange(effects.shape[1]) == effects.mean(axis=0).argmax()
+    return suppressors.Detection(effects.mean(axis=0), ones, ones, selected)
+
+
+@pytest.mark.parametrize("eager", [pytest.param(_uncorrected, marks=pytest.mark.slow), _largest])
+def test_a_detector_that_finds_too_much_fails_the_negative_controls(
+    eager: Any, nulls: Nulls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from allostasis.experiments.superposition import survey
+
+    monkeypatch.setattr(suppressors, "detect", eager)
+    monkeypatch.setattr(survey, "detect", eager)
+    facts, checks = nulls()
+    assert not any(checks[name] for name in FOUND), facts
+
+
+def test_a_true_head_hides_no_false_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One head of two has an effect on fresh sequences; their mean is above 0."""
+    from allostasis.experiments.superposition import null
+    from allostasis.experiments.superposition.collected import Collected
+    from allostasis.experiments.superposition.survey import Rule, Survey
+    from allostasis.models.toy_transformer import ToyTransformer
+
+    def effects(self: Survey, value: str, split: str, heads: Any = None) -> np.ndarray:
+        del self, value, heads
+        return np.tile([0.3, 0.1] if split == "select" else [0.3, -0.1], (40, 1))
+
+    monkeypatch.setattr(Survey, "effects", effects)
+    told = null._untrained(
+        ToyTransformer(seed=0, vocab_size=16, seq_len=8, d_model=8, n_layers=1, n_heads=2),
+        [(0, 0), (0, 1)], 4, ["zero"], 0, Rule(), Collected(),
+    )  # fmt: skip
+    assert told["zero"]["mean_effect_again"] == pytest.approx(0.1)
+    assert told["zero"]["selected"] == 1.0
+    assert told["zero"]["false"] == 1.0  # twice the half that is not there again
 
 
 @pytest.mark.slow

@@ -29,7 +29,6 @@ from allostasis.tasks.text import Text
 
 Arm = Literal["toy", "language_model", "planted", "null", "toy_models"]
 INERT = 1e-6  # nats: a smaller change of a loss is none
-NULL_RATE = 0.05
 
 
 class Superposition(L.LightningModule):
@@ -244,26 +243,7 @@ class Superposition(L.LightningModule):
             values=self.values, seed=self.task.seed, rule=self.rule, found=found,
         )  # fmt: skip
         self.facts["nulls"] = facts
-        error = 2 * np.sqrt(NULL_RATE * (1 - NULL_RATE) / self.n_sets)
-        self._summary |= {
-            "nulls": facts,
-            "checks": {
-                "nothing_false_in_untrained_models": all(
-                    facts["untrained"][value]["false"] <= NULL_RATE + error for value in self.values
-                ),
-                "a_silent_head_has_no_effect": all(
-                    facts["silent"][value]["largest_effect"] == 0
-                    and not facts["silent"][value]["selected"]
-                    for value in self.values
-                ),
-                "random_signs_find_none": all(
-                    rate <= NULL_RATE + 2 * np.sqrt(NULL_RATE * (1 - NULL_RATE) / 200)
-                    for rate in facts["random_signs"].values()
-                ),
-                "intervals_cover_1": 0.93 <= facts["relabelled_coverage"] <= 0.97,
-            },
-        }
-        self._summary["checks"] = {k: bool(v) for k, v in self._summary["checks"].items()}
+        self._summary |= {"nulls": facts, "checks": null.checks(facts, self.values)}
 
     def _toy_models(self, found: Collected) -> None:
         name = f"superposition toy_models seed {self.task.seed}"

@@ -179,16 +179,20 @@ def null_table(arms: Sequence[Arm]) -> Table:
             untrained, silent = facts["untrained"][value], facts["silent"][value]
             again = untrained["mean_effect_again"]
             rows.append((
-                str(run.seed), value, f"{rate:.1%}", f"{untrained['selected']:.1%}",
-                f"{untrained['false']:.1%}", "none" if again is None else number(again),
+                str(run.seed), value, f"{rate:.1%}", f"{untrained['exchanged']:.1%}",
+                f"{untrained['selected']:.1%}", f"{untrained['false']:.1%}",
+                "none" if again is None else number(again),
                 number(silent["largest_effect"]), f"{facts['relabelled_coverage']:.1%}",
             ))  # fmt: skip
-    heads = ("seed", "ablation", "random signs", "untrained: selected", "untrained: false",
-             "effect again, nat", "silent head, nat", "coverage of 1")  # fmt: skip
+    heads = ("seed", "ablation", "random signs", "untrained: exchanged", "untrained: selected",
+             "untrained: false", "effect again, nat", "silent head, nat",
+             "coverage of 1")  # fmt: skip
     note = (
-        "Shares of data sets in which any head was selected. False: what was selected has no "
-        "effect on fresh sequences. A head of an untrained model writes noise, without which the "
-        "loss is lower in truth, above all under zero ablation."
+        "Shares of data sets in which any head was selected. Exchanged: it is drawn by lot which "
+        "of two losses is the clean one, so that there is nothing to find. False: twice the share "
+        "of selected heads without an effect on fresh sequences, mean over data sets. A head of an "
+        "untrained model writes noise, without which the loss is lower in truth, above all under "
+        "zero ablation."
     )
     return Table(TITLES["null_table"], heads, tuple(rows), note)
 
