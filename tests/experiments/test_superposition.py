@@ -451,6 +451,94 @@ def test_no_suppressor_gives_a_reason_and_no_ratio(run_arm) -> None:  # noqa: AN
     assert results["D1"].verdict.word == "undecided"
 
 
+def test_the_toys_training_can_be_set_and_recorded_runs_keep_their_hash() -> None:
+    from hydra import compose, initialize_config_dir
+
+    from allostasis.core.config import conf_dir, config_hash, register
+
+    register()
+    words = ["exp=superposition", "device=cpu", "threads=1"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        plain = compose("config", words)
+        other = compose("config", [
+            *words, "module.schedule=sqrt_decay", "module.patterns.batch_size=16",
+        ])  # fmt: skip
+    assert config_hash(plain) == "d43232895278"  # of experiments/2026-11-26_superposition_toy
+    assert config_hash(other) != config_hash(plain)
+
+
+def test_the_rate_of_the_toys_training_can_fall(tmp_path: Path) -> None:
+    from allostasis.engines.sequence_training import Schedule
+    from allostasis.experiments.superposition.collected import Collected
+    from allostasis.experiments.superposition.training import held_out, train
+    from allostasis.models.toy_transformer import ToyTransformer
+    from allostasis.tasks.interleaved_patterns import InterleavedPatterns
+
+    task = InterleavedPatterns(seed=0, seq_len=16, vocab_size=32, batch_size=4)
+    watch = held_out(task, 16)["measure"]
+    schedules: tuple[Schedule, ...] = ("constant", "sqrt_decay")
+    ends = {}
+    for schedule in schedules:
+        model = ToyTransformer(seed=0, vocab_size=32, seq_len=16, d_model=16)
+        before = model.W_E.detach().clone()
+        train(
+            model, task, n_steps=30, lr=1e-2, schedule=schedule, watch=watch, found=Collected(),
+            keep=tmp_path / f"{schedule}.safetensors", name="test",
+        )  # fmt: skip
+        ends[schedule] = float((model.W_E.detach() - before).norm())
+    assert ends["sqrt_decay"] < 0.95 * ends["constant"]
+
+
+@pytest.mark.parametrize(("accuracy", "word"), [(0.69, "undecided"), (0.95, "refuted")])
+def test_a_model_that_did_not_learn_decides_nothing(
+    accuracy: float, word: str, tmp_path: Path
+) -> None:
+    from allostasis.analysis import claims
+    from allostasis.analysis.aggregate import arms
+    from allostasis.analysis.curves import RunView
+    from allostasis.analysis.verdicts import judge
+    from allostasis.core.records import METRICS_SCHEMA, read_run, write_json, write_table
+    from allostasis.experiments import superposition
+
+    registered = claims.load(Path(superposition.__path__[0]), "superposition")
+    values = ("resample", "mean", "zero")
+    views = []
+    for seed in range(8):
+        identity = {"run_id": f"r{seed}", "exp": "superposition", "condition": "suppressors_toy",
+                    "seed": seed, "device": "cpu"}  # fmt: skip
+        off = 1 + 0.01 * seed
+        readings = [("accuracy.predictable", accuracy + 0.001 * seed, "Psi")]
+        for value in values:
+            readings += [(f"head_write_variance.ratio_{value}", 1.3 * off, "sigma2"),
+                         (f"residual_variance.ratio_{value}", 0.9 * off, "sigma2")]  # fmt: skip
+        table: list[dict[str, Any]] = [
+            {**identity, "step": 20_000, "split": "measure", "metric": metric, "symbol": symbol,
+             "unit": "1", "value": number, "n": 1}
+            for metric, number, symbol in readings
+        ]  # fmt: skip
+        folder = tmp_path / f"seed={seed}"
+        folder.mkdir()
+        write_json(folder / "run.json", {
+            **identity, "status": "done", "config_hash": "x", "device_resolved": "cpu",
+            "claims": claims.freeze(registered)["hashes"], "summary": {}, "checkpoints": {},
+        })  # fmt: skip
+        write_json(folder / "config.yaml", {
+            "task": {}, "model": {}, "module": {"n_steps": 20_000, "n_sequences": 1024},
+        })  # fmt: skip
+        write_table(folder / "metrics.parquet", table, METRICS_SCHEMA)
+        views.append(RunView(read_run(folder)))
+    results = {result.claim.id: result for result in judge(registered, arms(views))}
+    for name in ("D1.toy.learned", *(f"D1.toy.learned.{value}" for value in values),
+                 "D3.ratio.toy.learned"):  # fmt: skip
+        assert results[name].verdict.word == word, results[name].verdict
+    learned = results["D.toy.learned"].verdict.word
+    assert learned == ("supported" if accuracy > 0.9 else "refuted")
+    if word == "undecided":
+        reason = results["D1.toy.learned.zero"].verdict.reason
+        assert reason == "requires D.toy.learned, which is refuted (on its own: refuted)"
+    assert results["D1.toy.zero"].verdict.word == "undecided"  # 3,000 updates are registered
+
+
 def test_a_run_that_was_cut_short_does_not_train_again(tmp_path: Path) -> None:
     from allostasis.experiments.superposition.collected import Collected
     from allostasis.experiments.superposition.training import held_out, train

@@ -14,6 +14,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 
 from allostasis.core.records import write_json
+from allostasis.engines.sequence_training import Schedule
 from allostasis.engines.subjects import DecoderSubject, Filling, Head, Subject, ToySubject, Value
 from allostasis.experiments.superposition import features, null, planted
 from allostasis.experiments.superposition.collected import Collected
@@ -46,6 +47,7 @@ class Superposition(L.LightningModule):
         n_sequences: Sequences of the toy transformer, of all splits together.
         n_steps: Its updates.
         lr: Its learning rate.
+        schedule: What its learning rate does after the warm-up.
         q: False discovery rate among all heads.
         min_effect: Least fall of the loss that makes a suppressor, in nats a token.
         draws: Resamples of an interval.
@@ -68,6 +70,7 @@ class Superposition(L.LightningModule):
         n_sequences: Annotated[int, Ge(8)] = 1_024,
         n_steps: Annotated[int, Gt(0)] = 3_000,
         lr: Annotated[float, Gt(0)] = 1e-3,
+        schedule: Schedule = "constant",
         q: Annotated[float, Gt(0), Lt(1)] = 0.05,
         min_effect: Annotated[float, Ge(0)] = 0.005,
         draws: Annotated[int, Ge(100)] = 2_000,
@@ -80,7 +83,7 @@ class Superposition(L.LightningModule):
         self.make_model, self.task, self.arm = model, task, arm
         self.patterns, self.toy, self.grid = patterns, toy, grid
         self.values, self.n_sequences = tuple(values), n_sequences
-        self.n_steps, self.lr = n_steps, lr
+        self.n_steps, self.lr, self.schedule = n_steps, lr, schedule
         self.rule = Rule(q=q, min_effect=min_effect, draws=draws, outer=outer)
         self.n_layers, self.n_plants, self.n_sets = layers, n_plants, n_sets
         self.workspace = Path()
@@ -170,8 +173,8 @@ class Superposition(L.LightningModule):
         """Train the toy transformer; its sequences, of which it has seen none."""
         splits = self.splits
         train(
-            self.toy, self.patterns, n_steps=self.n_steps, lr=self.lr, watch=splits["measure"],
-            found=found, keep=self.workspace / "trained.safetensors",
+            self.toy, self.patterns, n_steps=self.n_steps, lr=self.lr, schedule=self.schedule,
+            watch=splits["measure"], found=found, keep=self.workspace / "trained.safetensors",
             name=f"superposition {self.arm} seed {self.task.seed}",
         )  # fmt: skip
         self.toy.requires_grad_(False)
