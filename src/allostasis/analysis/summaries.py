@@ -209,7 +209,9 @@ def _ratio_of(metric: str, run: RunView, value: str) -> float:
 
 def holds(run: RunView, name: str) -> float:
     """1 where a check that the run made of itself came out as it should, else 0."""
-    checks = run.summary.get("checks")
+    checks, undefined = run.summary.get("checks"), run.summary.get("no_check")
+    if isinstance(undefined, Mapping) and name in undefined:
+        raise UndefinedError(f"{undefined[name]} (check '{name}')")
     if not isinstance(checks, Mapping) or name not in checks:
         raise UndefinedError(f"the run made no check '{name}'")
     return float(bool(checks[name]))

@@ -69,6 +69,8 @@ class Subject(Protocol):
     n_layers: int
     n_heads: int
     d_model: int
+    first: int
+    """First position that a norm or a variance is read at; losses are read at all."""
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:  # noqa: N802
         """A layer's output weights."""
@@ -135,6 +137,8 @@ class ToySubject:
     Args:
         model: The model.
     """
+
+    first = 0
 
     def __init__(self, model: ToyTransformer) -> None:
         self.model = model
@@ -220,6 +224,8 @@ class DecoderSubject:
         decoder: The model.
         budget: How many tokens run side by side; measured where None.
     """
+
+    first = 1  # attention sinks: at position 0 streams are up to a thousand times as long
 
     def __init__(self, decoder: Decoder, budget: Budget | None = None) -> None:
         self.decoder = decoder

@@ -94,13 +94,15 @@ class HeadWriteVariance(Metric):
             (E1), where <group> is what stood in the heads' place: `ratio_<group>`; likewise
             `layer_ratio_<group>` of one layer.
         trained: The main value along training, on held-out sequences.
+        with_first: The main value with position 0, which it leaves out on pretrained models:
+            attention sinks there are 10 to 1000 times as large. Likewise `<part>_with_first`.
     """
 
     symbol = "sigma2"
     unit = "resid^2"
     needs = ("blocks.*.attn.hook_z", "params")
     axes = ("layer", "head")
-    parts = ("between", "within", "ratio_*", "layer_ratio_*", "trained")
+    parts = ("between", "within", "ratio_*", "layer_ratio_*", "trained", "with_first")
     part_units = {"ratio_*": "1", "layer_ratio_*": "1"}
     scale_law = {**invariant("vo", "qk", "relu", "gain", "rotation"), "stream": 2}
     functional = False

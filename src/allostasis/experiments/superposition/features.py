@@ -126,7 +126,8 @@ def survey(
     _read_cells(summaries, found)
     _read_features(table, found)
     there = table[table["represented"]]
-    keys = ["hidden", "ratio", "density", "importance"]
+    # a feature of importance 1 is in every model, among features as important or all less so
+    keys = ["hidden", "ratio", "density", "decay", "importance"]
     slope = within_slope(
         there["polysemanticity"].to_numpy(), np.log(there["norm"].to_numpy()),
         [tuple(row) for row in there[keys].to_numpy()],

@@ -14,6 +14,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 
 from allostasis.core.records import write_json
+from allostasis.engines.sequence_training import Schedule
 from allostasis.engines.subjects import DecoderSubject, Filling, Head, Subject, ToySubject, Value
 from allostasis.experiments.superposition import features, null, planted
 from allostasis.experiments.superposition.collected import Collected
@@ -29,7 +30,6 @@ from allostasis.tasks.text import Text
 
 Arm = Literal["toy", "language_model", "planted", "null", "toy_models"]
 INERT = 1e-6  # nats: a smaller change of a loss is none
-NULL_RATE = 0.05
 
 
 class Superposition(L.LightningModule):
@@ -47,6 +47,7 @@ class Superposition(L.LightningModule):
         n_sequences: Sequences of the toy transformer, of all splits together.
         n_steps: Its updates.
         lr: Its learning rate.
+        schedule: What its learning rate does after the warm-up.
         q: False discovery rate among all heads.
         min_effect: Least fall of the loss that makes a suppressor, in nats a token.
         draws: Resamples of an interval.
@@ -69,6 +70,7 @@ class Superposition(L.LightningModule):
         n_sequences: Annotated[int, Ge(8)] = 1_024,
         n_steps: Annotated[int, Gt(0)] = 3_000,
         lr: Annotated[float, Gt(0)] = 1e-3,
+        schedule: Schedule = "constant",
         q: Annotated[float, Gt(0), Lt(1)] = 0.05,
         min_effect: Annotated[float, Ge(0)] = 0.005,
         draws: Annotated[int, Ge(100)] = 2_000,
@@ -81,7 +83,7 @@ class Superposition(L.LightningModule):
         self.make_model, self.task, self.arm = model, task, arm
         self.patterns, self.toy, self.grid = patterns, toy, grid
         self.values, self.n_sequences = tuple(values), n_sequences
-        self.n_steps, self.lr = n_steps, lr
+        self.n_steps, self.lr, self.schedule = n_steps, lr, schedule
         self.rule = Rule(q=q, min_effect=min_effect, draws=draws, outer=outer)
         self.n_layers, self.n_plants, self.n_sets = layers, n_plants, n_sets
         self.workspace = Path()
@@ -171,8 +173,8 @@ class Superposition(L.LightningModule):
         """Train the toy transformer; its sequences, of which it has seen none."""
         splits = self.splits
         train(
-            self.toy, self.patterns, n_steps=self.n_steps, lr=self.lr, watch=splits["measure"],
-            found=found, keep=self.workspace / "trained.safetensors",
+            self.toy, self.patterns, n_steps=self.n_steps, lr=self.lr, schedule=self.schedule,
+            watch=splits["measure"], found=found, keep=self.workspace / "trained.safetensors",
             name=f"superposition {self.arm} seed {self.task.seed}",
         )  # fmt: skip
         self.toy.requires_grad_(False)
@@ -234,8 +236,8 @@ class Superposition(L.LightningModule):
             found=found,
         )  # fmt: skip
         self.facts["plants"] = facts
-        checks = {"every_costly_plant_is_found": facts["n_costly_found"] == facts["n_costly"]}
-        self._summary |= {"plants": facts, "checks": checks}
+        checks, undefined = planted.checks(facts)
+        self._summary |= {"plants": facts, "checks": checks, "no_check": undefined}
 
     def _null(self, found: Collected) -> None:
         splits = self._trained(found)
@@ -244,26 +246,7 @@ class Superposition(L.LightningModule):
             values=self.values, seed=self.task.seed, rule=self.rule, found=found,
         )  # fmt: skip
         self.facts["nulls"] = facts
-        error = 2 * np.sqrt(NULL_RATE * (1 - NULL_RATE) / self.n_sets)
-        self._summary |= {
-            "nulls": facts,
-            "checks": {
-                "nothing_false_in_untrained_models": all(
-                    facts["untrained"][value]["false"] <= NULL_RATE + error for value in self.values
-                ),
-                "a_silent_head_has_no_effect": all(
-                    facts["silent"][value]["largest_effect"] == 0
-                    and not facts["silent"][value]["selected"]
-                    for value in self.values
-                ),
-                "random_signs_find_none": all(
-                    rate <= NULL_RATE + 2 * np.sqrt(NULL_RATE * (1 - NULL_RATE) / 200)
-                    for rate in facts["random_signs"].values()
-                ),
-                "intervals_cover_1": 0.93 <= facts["relabelled_coverage"] <= 0.97,
-            },
-        }
-        self._summary["checks"] = {k: bool(v) for k, v in self._summary["checks"].items()}
+        self._summary |= {"nulls": facts, "checks": null.checks(facts, self.values)}
 
     def _toy_models(self, found: Collected) -> None:
         name = f"superposition toy_models seed {self.task.seed}"

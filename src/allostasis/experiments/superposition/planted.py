@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
+from allostasis.analysis.curves import UndefinedError
 from allostasis.engines.subjects import Filling, Head, ToySubject, Value
 from allostasis.experiments.superposition.collected import Collected
 from allostasis.experiments.superposition.survey import Rule, Survey
@@ -114,7 +116,7 @@ def check_plants(
         at = heads.index(what.host)
         cost = float(survey.effects("zero", "measure", [what.host]).mean())
         alone = np.arange(len(heads)) == at
-        compared = survey.energies.compared(alone)
+        compared = survey.energies[""].compared(alone)
         interval = compared.interval(survey.rng, draws=rule.draws)
         assert interval.low is not None
         assert interval.high is not None
@@ -134,6 +136,46 @@ def check_plants(
     return _told(rows, found)
 
 
+def checks(facts: Mapping[str, Any]) -> tuple[dict[str, bool], dict[str, str]]:
+    """Whether what was planted came out as it must, and why a check could not be made.
+
+    An interval of 95 % misses 1 plant in 20 at its best, so that `plant_1_covers_1` allows as many
+    misses as chance does: it fails where so few intervals cover what was planted that chance alone
+    (a binomial count) gives as few in 5 % of runs or less. Of five plants, one may be missed.
+
+    Args:
+        facts: What `check_plants` gave.
+
+    Returns:
+        Checks by name, and reasons by the name of those that could not be made.
+    """
+    made: dict[str, bool] = {}
+    undefined: dict[str, str] = {}
+    try:
+        made["every_costly_plant_is_found"] = _costly_found(facts)
+    except UndefinedError as error:
+        undefined["every_costly_plant_is_found"] = str(error)
+    strong, even = facts["ratio_3"], facts["ratio_1"]
+    made["plant_3_is_above_2"] = strong["above_2"] == 1.0
+    chance = stats.binom.cdf(round(even["covers"] * even["n"]), even["n"], 0.95)
+    made["plant_1_covers_1"] = bool(chance > 0.05 + 1e-9)  # 0 of 1 is 0.05 and a last digit
+    return made, undefined
+
+
+def _costly_found(facts: Mapping[str, Any]) -> bool:
+    """Whether every plant that costs enough was found.
+
+    Raises:
+        UndefinedError: None costs enough, so that nothing had to be found.
+    """
+    if facts["n_costly"] == 0:
+        raise UndefinedError(
+            f"no plant costs {COST} nats a token (the costliest {facts['largest_cost']:.3f}), so "
+            "that none had to be found"
+        )
+    return facts["n_costly_found"] == facts["n_costly"]
+
+
 def _told(rows: Sequence[Mapping[str, Any]], found: Collected) -> dict[str, Any]:
     """Counts over plants, and how they came out."""
     costly = [row for row in rows if row["cost"] >= COST]
@@ -144,6 +186,7 @@ def _told(rows: Sequence[Mapping[str, Any]], found: Collected) -> dict[str, Any]
     facts: dict[str, Any] = {
         "n": len(rows), "n_costly": len(costly),
         "n_costly_found": sum(row["is_found"] for row in costly),
+        "largest_cost": max(row["cost"] for row in rows),
     }  # fmt: skip
     for ratio in RATIOS:
         some = [row for row in rows if row["planted_ratio"] == ratio]
@@ -151,6 +194,7 @@ def _told(rows: Sequence[Mapping[str, Any]], found: Collected) -> dict[str, Any]
         mean = float(np.exp(np.mean(logs)))
         found.read(f"planted.ratio_{ratio:g}", mean, n=len(some), symbol="sigma2", **at)
         facts[f"ratio_{ratio:g}"] = {
+            "n": len({row["plant"] for row in some}),
             "mean": mean,
             "covers": float(np.mean([r["ratio_low"] <= ratio <= r["ratio_high"] for r in some])),
             "above_2": float(np.mean([row["ratio_low"] > 2 for row in some])),

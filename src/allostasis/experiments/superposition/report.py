@@ -40,8 +40,8 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
         Figure(
             "variances",
             "Variance of what heads write, suppressors beside clean heads",
-            "First seed, on sequences that selection never saw. A box needs five heads; fewer are "
-            "points.",
+            "First seed, on sequences that selection never saw; of a language model without "
+            "position 0, an attention sink. A box needs five heads; fewer are points.",
             partial(plot_box_plots_variance, arms),
         ),
         Figure(
@@ -49,8 +49,8 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "Ratios of variances by model and ablation",
             "E1: suppressors' writes over clean heads', geometric mean over layers, with the "
             "interval of a bootstrap of whole sequences. E2: last residual stream without "
-            "suppressors over with them. One point a seed. Dotted: 1; dashed: the source's 2. A "
-            "model without suppressors has no ratio.",
+            "suppressors over with them. Of a language model without position 0. One point a seed. "
+            "Dotted: 1; dashed: the source's 2. A model without suppressors has no ratio.",
             partial(draw.ratios, arms),
         ),
         Figure(
@@ -125,12 +125,14 @@ def found_table(arms: Sequence[Arm]) -> Table:
         rows.append((
             run.condition, str(run.seed), value, f"{scan['n_selected']} of {scan['n_heads']}",
             number(scan["ratio"]) if "ratio" in scan else "none",
+            number(scan["ratio_with_first"]) if "ratio_with_first" in scan else "",
             told, number(accuracy) if isinstance(accuracy, float) else "",
         ))  # fmt: skip
-    heads = ("condition", "seed", "ablation", "suppressors", "E1", "E1 with selection repeated",
-             "accuracy")  # fmt: skip
+    heads = ("condition", "seed", "ablation", "suppressors", "E1", "E1 with position 0",
+             "E1 with selection repeated", "accuracy")  # fmt: skip
     note = (
-        "Granularity head, component z, all positions, each head alone in the intact model. "
+        "Granularity head, component z, all positions, each head alone in the intact model. E1 of "
+        "a language model leaves position 0 out, an attention sink; with it, it is told beside. "
         "Selection repeated: heads selected anew on resampled sequences; a sensitivity, no "
         "interval. Accuracy: of predictable tokens."
     )
@@ -177,16 +179,20 @@ def null_table(arms: Sequence[Arm]) -> Table:
             untrained, silent = facts["untrained"][value], facts["silent"][value]
             again = untrained["mean_effect_again"]
             rows.append((
-                str(run.seed), value, f"{rate:.1%}", f"{untrained['selected']:.1%}",
-                f"{untrained['false']:.1%}", "none" if again is None else number(again),
+                str(run.seed), value, f"{rate:.1%}", f"{untrained['exchanged']:.1%}",
+                f"{untrained['selected']:.1%}", f"{untrained['false']:.1%}",
+                "none" if again is None else number(again),
                 number(silent["largest_effect"]), f"{facts['relabelled_coverage']:.1%}",
             ))  # fmt: skip
-    heads = ("seed", "ablation", "random signs", "untrained: selected", "untrained: false",
-             "effect again, nat", "silent head, nat", "coverage of 1")  # fmt: skip
+    heads = ("seed", "ablation", "random signs", "untrained: exchanged", "untrained: selected",
+             "untrained: false", "effect again, nat", "silent head, nat",
+             "coverage of 1")  # fmt: skip
     note = (
-        "Shares of data sets in which any head was selected. False: what was selected has no "
-        "effect on fresh sequences. A head of an untrained model writes noise, without which the "
-        "loss is lower in truth, above all under zero ablation."
+        "Shares of data sets in which any head was selected. Exchanged: it is drawn by lot which "
+        "of two losses is the clean one, so that there is nothing to find. False: twice the share "
+        "of selected heads without an effect on fresh sequences, mean over data sets. A head of an "
+        "untrained model writes noise, without which the loss is lower in truth, above all under "
+        "zero ablation."
     )
     return Table(TITLES["null_table"], heads, tuple(rows), note)
 

@@ -28,6 +28,8 @@ from allostasis.metrics.head_write_variance import class_variances, deviations
 from allostasis.tasks.sequences import Sequences
 from allostasis.tasks.splits import Split
 
+Site = tuple[int, str]
+StreamEnergies = dict[str, dict[Site, Float[np.ndarray, " sequence"]]]
 OPS: Mapping[Value, Op] = {"zero": "scale", "mean": "mean", "resample": "resample"}
 ROWS = 16
 """Sequences whose patterns and streams are held at once."""
@@ -127,42 +129,53 @@ class Survey:
         return self.subject.z(self.splits["measure"].tokens)
 
     @cached_property
+    def scopes(self) -> dict[str, int]:
+        """First position of each reading of variances, by what its name ends in.
+
+        A pretrained model's position 0 is left out of the main readings; those that end in
+        `_with_first` have it.
+        """
+        return {"": self.subject.first} | ({"_with_first": 0} if self.subject.first else {})
+
+    @cached_property
+    def energies(self) -> dict[str, Energies]:
+        """How far the heads' writes lie from their means, by scope."""
+        return {scope: self._energies(first) for scope, first in self.scopes.items()}
+
     @torch.no_grad()
-    def energies(self) -> Energies:
-        """How far the heads' writes lie from their means."""
-        batch, columns = self.splits["measure"], []
+    def _energies(self, first: int) -> Energies:
         by_layer = {
-            layer: deviations(self.values[layer], self.subject.W_O(layer)).sum(dim=1)
+            layer: deviations(self.values[layer][:, first:], self.subject.W_O(layer)).sum(dim=1)
             for layer in {layer for layer, _ in self.heads}
         }
         columns = [by_layer[layer][:, head].cpu().numpy() for layer, head in self.heads]
-        tokens = np.full(len(batch), float(batch.tokens.shape[1]))
+        n_sequences, n_positions = self.splits["measure"].tokens.shape
+        tokens = np.full(n_sequences, float(n_positions - first))
         layers = np.array([layer for layer, _ in self.heads])
         return Energies(np.stack(columns, axis=1), tokens, layers)
 
     @torch.no_grad()
-    def stream_energies(
-        self, heads: Sequence[Head], value: Value | None
-    ) -> dict[tuple[int, str], Float[np.ndarray, " sequence"]]:
-        """Sum over tokens of ||r - mean r||^2 / d_model, by sequence and site."""
+    def stream_energies(self, heads: Sequence[Head], value: Value | None) -> StreamEnergies:
+        """Sum over tokens of ||r - mean r||^2 / d_model, by scope and site, of each sequence."""
         batch = self.splits["measure"]
         here = None if value is None else self.filling(value, "measure")
-        sums: dict[tuple[int, str], list[Tensor]] = {}
-        squares: dict[tuple[int, str], list[Tensor]] = {}
+        sums: dict[tuple[str, Site], list[Tensor]] = {}
+        squares: dict[tuple[str, Site], list[Tensor]] = {}
         for begin in range(0, len(batch), ROWS):
             rows = slice(begin, begin + ROWS)
             part = None if here is None else here.rows(rows)
             for site, stream in self.subject.streams(batch.part(rows), heads, part).items():
-                precise = stream.double()
-                sums.setdefault(site, []).append(precise.sum(dim=1))
-                squares.setdefault(site, []).append(precise.square().sum(dim=(1, 2)))
-        found = {}
-        for site in sums:
-            total, square = torch.cat(sums[site]), torch.cat(squares[site])
-            n = batch.tokens.shape[1]
+                for scope, first in self.scopes.items():
+                    precise = stream[:, first:].double()
+                    sums.setdefault((scope, site), []).append(precise.sum(dim=1))
+                    squares.setdefault((scope, site), []).append(precise.square().sum(dim=(1, 2)))
+        found: StreamEnergies = {scope: {} for scope in self.scopes}
+        for scope, site in sums:
+            total, square = torch.cat(sums[scope, site]), torch.cat(squares[scope, site])
+            n = batch.tokens.shape[1] - self.scopes[scope]
             mean = total.sum(dim=0) / (n * len(total))
             off = square - 2 * total @ mean + n * mean.square().sum()
-            found[site] = (off / self.subject.d_model).cpu().numpy()
+            found[scope][site] = (off / self.subject.d_model).cpu().numpy()
         return found
 
     # ------------------------------------------------------------------ what is recorded
@@ -171,18 +184,18 @@ class Survey:
         """Do everything for each ablation value; gives what run.json says of it."""
         self._record_heads(found)
         facts: dict[str, Any] = {}
-        intact: dict[tuple[int, str], np.ndarray] = {}
+        intact: StreamEnergies = {}
         for value in values:
             effects = self.effects(value, "select")
             seen = self.detect(effects)
             self._record_effects(value, effects, seen, found)
             facts[value] = self._facts(value, seen)
             try:
-                compared = self.energies.compared(seen.selected)
+                compared = self.energies[""].compared(seen.selected)
             except UndefinedError as error:
                 facts[value] |= {"undefined": str(error)}
                 continue
-            facts[value] |= self._record_ratio(value, effects, compared, found)
+            facts[value] |= self._record_ratio(value, effects, seen, compared, found)
             intact = intact or self.stream_energies([], None)
             self._record_streams(value, seen, intact, found)
         return facts
@@ -213,20 +226,29 @@ class Survey:
 
     def _record_heads(self, found: Collected) -> None:
         """What every head is on the split that results are read on, whatever is selected."""
-        batch, n = self.splits["measure"], self.splits["measure"].n_tokens
-        variances = dict(zip(self.heads, self.energies.variances, strict=True))
-        entropy = self._entropies()
+        for scope in self.scopes:
+            self._record_variances(scope, found)
+        batch, entropy = self.splits["measure"], self._entropies()
+        for layer, head in self.heads:
+            found.read(
+                "attention_entropy.nats", float(entropy[layer][head]), layer=layer, head=head,
+                split="measure", n=batch.n_tokens, symbol="G", unit="nat",
+            )  # fmt: skip
+
+    def _record_variances(self, scope: str, found: Collected) -> None:
+        first, energies = self.scopes[scope], self.energies[scope]
+        classes = self.splits["measure"].targets[:, first:].flatten()
+        total = {"": "head_write_variance", "_with_first": "head_write_variance.with_first"}[scope]
+        variances = dict(zip(self.heads, energies.variances, strict=True))
         for layer in sorted({layer for layer, _ in self.heads}):
-            flat = self.values[layer].flatten(0, 1)
-            parts = class_variances(flat, self.subject.W_O(layer), batch.targets.flatten())
+            flat = self.values[layer][:, first:].flatten(0, 1)
+            parts = class_variances(flat, self.subject.W_O(layer), classes)
             for head in [h for at, h in self.heads if at == layer]:
-                at: dict[str, Any] = {"layer": layer, "head": head, "split": "measure", "n": n}
-                at |= {"symbol": "sigma2", "unit": "resid^2"}
-                found.read("head_write_variance", variances[layer, head], **at)
+                at: dict[str, Any] = {"layer": layer, "head": head, "split": "measure"}
+                at |= {"symbol": "sigma2", "unit": "resid^2", "n": len(classes)}
+                found.read(total, variances[layer, head], **at)
                 for part, value in parts.items():
-                    found.read(f"head_write_variance.{part}", float(value[head]), **at)
-                at |= {"symbol": "G", "unit": "nat"}
-                found.read("attention_entropy.nats", float(entropy[layer][head]), **at)
+                    found.read(f"head_write_variance.{part}{scope}", float(value[head]), **at)
 
     @torch.no_grad()
     def _entropies(self) -> Float[Tensor, "layer head"]:
@@ -267,7 +289,12 @@ class Survey:
             })  # fmt: skip
 
     def _record_ratio(
-        self, value: Value, effects: np.ndarray, compared: Comparison, found: Collected
+        self,
+        value: Value,
+        effects: np.ndarray,
+        seen: Detection,
+        compared: Comparison,
+        found: Collected,
     ) -> dict[str, Any]:
         """E1 with its interval, by layer and pooled, and selection repeated."""
         batch, rule = self.splits["measure"], self.rule
@@ -275,6 +302,11 @@ class Survey:
         at = {"symbol": "sigma2", "unit": "1", "split": "measure", "n": len(batch)}
         name = f"head_write_variance.ratio_{value}"
         found.read(name, compared.ratio, interval=interval, **at)
+        facts: dict[str, Any] = {"ratio": compared.ratio}
+        if "_with_first" in self.scopes:
+            with_first = self.energies["_with_first"].compared(seen.selected).ratio
+            found.read(f"{name}_with_first", with_first, **at)
+            facts["ratio_with_first"] = with_first
         for layer, ratio in zip(compared.layers, compared.by_layer, strict=True):
             found.read(f"head_write_variance.layer_ratio_{value}", ratio, layer=layer, **at)
         names = sequence_names(batch)
@@ -287,18 +319,18 @@ class Survey:
             })  # fmt: skip
         try:
             again = reselected(
-                effects, self.energies, self.rng, q=rule.q, min_effect=rule.min_effect,
+                effects, self.energies[""], self.rng, q=rule.q, min_effect=rule.min_effect,
                 draws=rule.outer,
             )  # fmt: skip
         except UndefinedError as error:
-            return {"ratio": compared.ratio, "reselected": str(error)}
-        return {"ratio": compared.ratio, "reselected": vars(again)}
+            return facts | {"reselected": str(error)}
+        return facts | {"reselected": vars(again)}
 
     def _record_streams(
         self,
         value: Value,
         seen: Detection,
-        intact: Mapping[tuple[int, str], np.ndarray],
+        intact: StreamEnergies,
         found: Collected,
     ) -> None:
         """E2: variance of the residual stream with the suppressors ablated over intact."""
@@ -306,18 +338,18 @@ class Survey:
         first = min(layer for layer, _ in chosen)
         ablated = self.stream_energies(chosen, value)
         at = {"symbol": "sigma2", "unit": "1", "split": "measure", "n": len(batch)}
-        for (layer, site), energy in ablated.items():
-            if layer >= first:
-                ratio = energy.sum() / intact[layer, site].sum()
-                name = f"residual_variance.{site}_ratio_{value}"
-                found.read(name, ratio, layer=layer, **at)
         last = (self.subject.n_layers - 1, "post")
-        ratio = ablated[last].sum() / intact[last].sum()
-        found.read(f"residual_variance.ratio_{value}", ratio, **at)
+        for scope, energies in ablated.items():
+            ratios = {site: e.sum() / intact[scope][site].sum() for site, e in energies.items()}
+            for (layer, site), ratio in ratios.items():
+                if layer >= first:
+                    name = f"residual_variance.{site}_ratio_{value}{scope}"
+                    found.read(name, ratio, layer=layer, **at)
+            found.read(f"residual_variance.ratio_{value}{scope}", ratios[last], **at)
         found.add({
             "example": range(len(batch)), "cluster": sequence_names(batch), "split": "measure",
             "ablation": value, "intervention": f"{value}:suppressors", "set": "all",
-            "stream": ablated[last], "stream_clean": intact[last],
+            "stream": ablated[""][last], "stream_clean": intact[""][last],
         })  # fmt: skip
 
 

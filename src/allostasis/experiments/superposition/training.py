@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from allostasis.callbacks.progress import Ticker
 from allostasis.core.records import write_atomically
-from allostasis.engines.sequence_training import SequenceTraining
+from allostasis.engines.sequence_training import Schedule, SequenceTraining
 from allostasis.engines.subjects import ToySubject
 from allostasis.experiments.superposition.collected import Collected
 from allostasis.metrics.head_write_variance import deviations
@@ -71,6 +71,7 @@ def train(
     *,
     n_steps: int,
     lr: float,
+    schedule: Schedule = "constant",
     watch: Sequences,
     found: Collected,
     keep: Path,
@@ -83,6 +84,7 @@ def train(
         task: Where batches come from.
         n_steps: Updates.
         lr: Learning rate.
+        schedule: What it does after the warm-up.
         watch: Held-out sequences that are looked at on the way.
         found: The records.
         keep: Where the trained weights lie, so that a run that was cut short later need not train.
@@ -95,7 +97,7 @@ def train(
         model.load_state_dict(load_file(keep))
         return
     training = SequenceTraining(
-        model=model, task=cast(SequenceTask, task), max_steps=n_steps, lr=lr
+        model=model, task=cast(SequenceTask, task), max_steps=n_steps, lr=lr, schedule=schedule
     )
     training.to(model.W_E.device)
     optimiser = training.configure_optimizers()
