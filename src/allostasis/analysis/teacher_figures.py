@@ -310,14 +310,15 @@ def _tree(arms: Sequence[Arm]) -> Any:
     cosines[rows["place"], rows["other_place"]] = rows["cosine"]
     cosines[rows["other_place"], rows["place"]] = rows["cosine"]
     canvas_, (left, right) = plt.subplots(1, 2, figsize=(11, 5))
-    for axes, values, label, look in (
-        (left, cosines, "cosine", {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}),
-        (right, _steps(run, rows), "steps in the tree", {"cmap": "viridis_r"}),
+    for axes, values, label, colours, limits in (
+        (left, cosines, "cosine", "RdBu_r", (-1, 1)),
+        (right, _steps(run, rows), "steps in the tree", "viridis_r", (None, None)),
     ):
         axes.set_facecolor(canvas.PALE)
         sns.heatmap(
             values, ax=axes, square=True, xticklabels=50, yticklabels=50, rasterized=True,
-            cbar_kws={"label": label, "shrink": 0.8}, **look,
+            cmap=colours, vmin=limits[0], vmax=limits[1],
+            cbar_kws={"label": label, "shrink": 0.8},
         )  # fmt: skip
         axes.grid(visible=False)
         axes.set(xlabel="concept, in the order of the tree", ylabel="concept")

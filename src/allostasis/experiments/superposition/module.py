@@ -83,7 +83,8 @@ class Superposition(L.LightningModule):
         self.make_model, self.task, self.arm = model, task, arm
         self.patterns, self.toy, self.grid = patterns, toy, grid
         self.values, self.n_sequences = tuple(values), n_sequences
-        self.n_steps, self.lr, self.schedule = n_steps, lr, schedule
+        self.n_steps, self.lr = n_steps, lr
+        self.schedule: Schedule = schedule
         self.rule = Rule(q=q, min_effect=min_effect, draws=draws, outer=outer)
         self.n_layers, self.n_plants, self.n_sets = layers, n_plants, n_sets
         self.workspace = Path()
