@@ -16,6 +16,7 @@ from markupsafe import Markup
 from allostasis.analysis.curves import Curve, RunView
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
     from allostasis.analysis.aggregate import Arm
@@ -153,3 +154,13 @@ def wrapped(label: str) -> str:
 def count(arm: Arm) -> str:
     """How many seeds an arm has, in words."""
     return f"{len(arm.runs)} seed{'s' if len(arm.runs) != 1 else ''}"
+
+
+def plain_ticks(axis: Axes, *, is_narrow: bool) -> None:
+    """Numbers, not powers of ten, at a logarithmic axis; round ones where it has no decade."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    if is_narrow:
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from allostasis.analysis.canvas import GREY, INK, MIN_WIDTH, PALE, STEPS, count, looks, style
+from allostasis.analysis.canvas import (
+    GREY,
+    INK,
+    MIN_WIDTH,
+    PALE,
+    STEPS,
+    count,
+    looks,
+    plain_ticks,
+    style,
+)
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.survival import kaplan_meier
 
@@ -142,16 +152,6 @@ def forest(results: Sequence[Result]) -> Canvas:
     return figure
 
 
-def _plain_ticks(axis: Axes, *, is_narrow: bool) -> None:
-    """Numbers, not powers of ten, at a logarithmic axis; round ones where it has no decade."""
-    from matplotlib.ticker import MaxNLocator, NullLocator
-
-    if is_narrow:
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_locator(NullLocator())
-
-
 def _forest_row(axis: Axes, result: Result) -> None:
     claim, interval = result.claim, result.interval
     assert result.inference is not None
@@ -171,7 +171,7 @@ def _forest_row(axis: Axes, result: Result) -> None:
     low, high = (np.exp(edges) if is_ratio else edges).tolist()
     axis.set_xlim(low, high)
     if is_ratio:
-        _plain_ticks(axis, is_narrow=high < NARROW * low)
+        plain_ticks(axis, is_narrow=high < NARROW * low)
     claimed = {
         "greater": [(bounds[0], high)],
         "less": [(low, bounds[0])],

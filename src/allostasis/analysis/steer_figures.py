@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from allostasis.analysis.canvas import ARM_COLOURS, GREY, INK, RED, Figure, style
+from allostasis.analysis.canvas import ARM_COLOURS, GREY, INK, RED, Figure, plain_ticks, style
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.tables import Table
 from allostasis.analysis.text import number
@@ -161,6 +161,8 @@ def success(arms: Sequence[Arm]) -> Canvas:
                     color=_source_colour(str(source)), label=f"{source} of {arm}",
                 )  # fmt: skip
             axis.set(xlabel="leakage, nat", xscale="log", title=f"{level} concepts")
+            low, high = axis.get_xlim()
+            plain_ticks(axis, is_narrow=high < 10 * low)
         axes[0, 0].set_ylabel("share of contexts")
         handles = [
             plt.Line2D([], [], color=_source_colour(source), label=label)
