@@ -162,7 +162,7 @@ def success(arms: Sequence[Arm]) -> Canvas:
                 )  # fmt: skip
             axis.set(xlabel="leakage, nat", xscale="log", title=f"{level} concepts")
             low, high = axis.get_xlim()
-            plain_ticks(axis, is_narrow=high < 10 * low)
+            plain_ticks(axis, is_narrow=bool(high < 10 * low))
         axes[0, 0].set_ylabel("share of contexts")
         handles = [
             plt.Line2D([], [], color=_source_colour(source), label=label)
