@@ -171,7 +171,7 @@ def _forest_row(axis: Axes, result: Result) -> None:
     low, high = (np.exp(edges) if is_ratio else edges).tolist()
     axis.set_xlim(low, high)
     if is_ratio:
-        plain_ticks(axis, is_narrow=bool(high < NARROW * low))
+        plain_ticks(axis, is_narrow=high < NARROW * low)
     claimed = {
         "greater": [(bounds[0], high)],
         "less": [(low, bounds[0])],
