@@ -181,7 +181,7 @@ def _scores(arms: Sequence[Arm]) -> Any:
                     axis.axvline(bound, color=canvas.INK, linestyle="--", linewidth=1)
             axis.set_yticks(range(len(arms)), [arm.condition for arm in arms])
             axis.invert_yaxis()
-            axis.set_xlabel(SCORES[name])
+            axis.set_xlabel(canvas.wrapped(SCORES[name]))
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
     return drawn
