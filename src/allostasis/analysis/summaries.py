@@ -217,9 +217,7 @@ def holds(run: RunView, name: str) -> float:
     return float(bool(checks[name]))
 
 
-def geometric_mean_of_shared(
-    run: RunView, beside: RunView | None, name: str, intervention: str
-) -> float:
+def geometric_mean_of_shared(run: RunView, beside: RunView, name: str, intervention: str) -> float:
     """Geometric mean of a column over the clusters that both arms' runs of a seed have.
 
     Of two arms, the ratio of it is that of the clusters' own ratios: no arm is measured on others
@@ -231,8 +229,6 @@ def geometric_mean_of_shared(
         name: A column of examples.parquet.
         intervention: Whose rows.
     """
-    if beside is None:
-        raise UndefinedError("the other arm has no run of this seed")
     own, other = (_by_cluster(name, intervention, one).dropna() for one in (run, beside))
     shared = own[own.index.isin(other.index)]
     if shared.empty:
