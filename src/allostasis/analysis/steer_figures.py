@@ -27,8 +27,7 @@ SOURCES = {
     "teacher": "teacher's vector", "sae": "autoencoder's atom", "means": "difference of means",
     "random": "random direction",
 }  # fmt: skip
-MARKERS = "os^"  # of arms, one after another once all colours are taken
-MARKS = "os^DvP*X<>"  # of arms, where colours are sources
+MARKS = "os^DvP*X<>"  # of arms: where colours are sources, or once all colours are taken
 MOST = 30  # features in the matrix
 SMALLEST = 1e-6  # nats that a logarithmic axis shows
 
@@ -139,7 +138,7 @@ def leakage(arms: Sequence[Arm]) -> Canvas:
 def _look(at: int) -> tuple[str, str]:
     """Colour and marker of an arm."""
     round_, place = divmod(at, len(ARM_COLOURS))
-    return ARM_COLOURS[place], MARKERS[round_ % len(MARKERS)]
+    return ARM_COLOURS[place], MARKS[round_ % len(MARKS)]
 
 
 def success(arms: Sequence[Arm]) -> Canvas:
