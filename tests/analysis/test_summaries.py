@@ -56,6 +56,14 @@ def test_a_curve_is_stable_after_500_steps_above_the_level_and_not_before() -> N
     assert summaries.dwell(dips, "1.1") == 0
 
 
+def test_one_condition_is_read_before_its_end(run: RunView) -> None:
+    other = summaries.end_except(LINE, run, "baseline", "70")
+    assert other == summaries.end(LINE) == 100
+    assert summaries.end_except(LINE, run, run.condition, "70") == 70
+    with pytest.raises(UndefinedError, match=f"step 75 of {run.condition} was not recorded"):
+        summaries.end_except(LINE, run, run.condition, "75")  # between two records
+
+
 def test_area_and_peak() -> None:
     assert summaries.auc(LINE) == pytest.approx(50)
     assert summaries.peak(LINE) == 100

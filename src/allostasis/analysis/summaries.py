@@ -57,6 +57,25 @@ def end(curve: Curve) -> float:
     return float(curve.values[-1])
 
 
+def end_except(curve: Curve, run: RunView, condition: str, when: str) -> float:
+    """`end`, but in the runs of one condition the value recorded at a step before.
+
+    For a source that compares arms after unequal numbers of updates.
+
+    Args:
+        curve: A metric.
+        run: The run.
+        condition: Whose runs are read at the step.
+        when: The step; it must have been recorded.
+    """
+    if run.condition != condition:
+        return end(curve)
+    at = np.flatnonzero(curve.steps == int(when))
+    if not len(at):
+        raise UndefinedError(f"step {when} of {condition} was not recorded")
+    return float(curve.values[at[0]])
+
+
 def dwell(curve: Curve, level: str) -> float:
     """Steps at the end of the run over which no recorded value is below a level; 0: the last is."""
     below = np.flatnonzero(curve.values < float(level))
