@@ -175,12 +175,14 @@ def tiny_model() -> Any:
     return pretrained(arch="llama")
 
 
-def of_a_tiny_model(model: Any, cache: Path, **settings: Any) -> Any:
+def of_a_tiny_model(model: Any, cache: Path, hook: str = "unembed_input", **settings: Any) -> Any:
     """The module of a run on some 1,800 training rows of a tiny language model."""
     from allostasis.experiments.hsae.train import HsaeTrain
     from allostasis.tasks.activations import ActivationDataModule
 
-    task = ActivationDataModule(seed=0, n_tokens=2000, window=48, folder=str(cache), batch_size=64)
+    task = ActivationDataModule(
+        seed=0, hook=hook, n_tokens=2000, window=48, folder=str(cache), batch_size=64
+    )
     given = {"reads_of": {"hsae_teacher": "causal"}, "m": 6, "c": 3, "s": 4, "max_steps": 10}
     return HsaeTrain(model=model, task=task, **(given | settings))
 
@@ -337,6 +339,42 @@ def test_losses_and_curves_have_the_causal_inner_product_in_every_arm(
         assert is_unit == (arm == "euclidean")  # what the vectors were estimated with
     with pytest.raises(ValueError, match="set module.teacher alone"):
         of_a_tiny_model(tiny_model, tmp_path / "cache", teacher="euclidean")
+
+
+def test_at_an_earlier_hook_concepts_are_carried_back_by_a_map_of_the_same_tokens(
+    tiny_model: Any, write_hsae: Any, tmp_path: Path
+) -> None:
+    from allostasis.core.records import read_run
+    from allostasis.core.spaces import ResidVec
+    from allostasis.experiments.hsae.arms import of_teacher
+
+    def made(hook: str, **settings: Any) -> Any:
+        return of_a_tiny_model(
+            tiny_model, tmp_path / hook, hook, n_match=1800, n_test=100, **settings
+        )
+
+    trained = tmp_path / "outputs" / "hsae_train" / "an_arm" / "seed=0" / "cpu-bb"
+    hook = f"blocks.{tiny_model.decoder.n_layers - 1}.hook_resid_post"
+    module = made(hook, start="teacher")
+    write_hsae(tiny_model, module.task, trained, metric="causal")
+    teacher = {"hsae_teacher": read_run(trained.parents[3] / "hsae_teacher/causal/seed=0/cpu-aa")}
+    facts = module.take(teacher)
+    assert 0.5 < facts["map"]["r2"] <= 1  # behind the last block only a norm is left
+    x, read = module.task.split("test").x.double(), module.task.unembed_input("test").double()
+    guessed = x @ module.map.weight.T
+    off = (read - read.mean(dim=0)) - (guessed - guessed.mean(dim=0))
+    share = 1 - off.square().sum() / (read - read.mean(dim=0)).square().sum()
+    assert float(share) == pytest.approx(facts["map"]["r2"], abs=0.05)
+    # the atoms' inner products at the hook are those of the concepts where they are read
+    later = of_teacher(module.teacher, m=6, c=3)
+    was = module.teacher.metric.whiten_resid(ResidVec(later.parents.double()))
+    now = module.metric.whiten_resid(ResidVec(module.beginning.parents.double()))
+    assert torch.allclose(now @ now.T, was @ was.T, rtol=1e-3, atol=1e-5)
+    assert torch.equal(module.sigma, module.metric.sigma.float())
+    early = made("blocks.0.hook_resid_pre")  # of any arm: the losses' inner product needs the map
+    with pytest.raises(ValueError, match=r"module\.allow_weak_map=true"):
+        early.take(teacher)
+    assert made("blocks.0.hook_resid_pre", allow_weak_map=True).take(teacher)["map"]["r2"] < 0.5
 
 
 def test_k_means_begins_with_clusters_and_not_with_the_mean_that_they_have_in_common() -> None:

@@ -19,7 +19,7 @@ BLOCKS = ("task", "model", "module", "metrics", "trainer", "logger")
 NOT_IDENTITY = ("logger", "force", "threads", "gates", "allow", "conditions", "hydra")
 """Fields without a say in what is computed, beside the seed and the device."""
 
-SINCE = {"k_child": 1, "schedule": "constant"}
+SINCE = {"k_child": 1, "schedule": "constant", "allow_weak_map": False}
 """Settings of a module that a design was given after runs of it were recorded, each at the value
 that those runs had: at it, a setting leaves their hash as it was."""
 

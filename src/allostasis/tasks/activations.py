@@ -67,7 +67,8 @@ class ActivationDataModule(L.LightningDataModule):
 
     Args:
         seed: The run's seed; it draws the order alone, so that all seeds share one cache.
-        hook: `unembed_input`, or `blocks.L.hook_resid_pre` or `_post`.
+        hook: `unembed_input`, or `blocks.L.hook_resid_pre` or `_post`; of one of these, the same
+            tokens' `unembed_input` is kept too, since concepts are directions of it.
         corpus: See `corpora.documents`.
         n_tokens: Rows of all splits together.
         batch_size: Rows a batch.
@@ -100,7 +101,8 @@ class ActivationDataModule(L.LightningDataModule):
         self.seed, self.hook, self.corpus = seed, hook, corpus
         self.batch_size, self.epochs = batch_size, epochs
         self.buffer_rows, self.block_rows = buffer_rows, block_rows
-        self.plan = Plan(hooks=(hook,), n_rows=n_tokens, window=window, dtype=dtype, repeat=repeat)
+        hooks = (hook,) if hook == UNEMBED_INPUT else (hook, UNEMBED_INPUT)
+        self.plan = Plan(hooks=hooks, n_rows=n_tokens, window=window, dtype=dtype, repeat=repeat)
         self.folder = None if folder is None else Path(folder).expanduser()
         self._cache: ActivationCache | None = None
         self._stream: tuple[int, Iterator[tuple[np.ndarray, np.ndarray]]] | None = None
@@ -201,6 +203,10 @@ class ActivationDataModule(L.LightningDataModule):
         """The first `n` rows of a split, or all, in the order of the corpus."""
         rows = self._rows[split][:n]
         return self._as_batch(rows, self.cache.reader(self.hook)(rows), device)
+
+    def unembed_input(self, split: Split, n: int | None = None) -> Float[Tensor, "row d"]:
+        """What the unembedding reads of the tokens that `split` gives."""
+        return as_floats(self.cache.reader(UNEMBED_INPUT)(self._rows[split][:n]))
 
     def _as_batch(
         self, rows: np.ndarray, stored: np.ndarray, device: torch.device | str

@@ -20,6 +20,7 @@ from allostasis.models.teacher import Teacher
 from allostasis.models.zoo import LanguageModel
 from allostasis.tasks.activations import COLUMNS, ActivationBatch, ActivationDataModule
 from allostasis.tasks.concepts import Chosen, ConceptTable
+from allostasis.tasks.harvest import UNEMBED_INPUT
 from allostasis.tasks.labels import Labels
 from allostasis.tasks.planted_hierarchy import PlantedHierarchy
 
@@ -143,7 +144,7 @@ class Scoring:
     @torch.no_grad()
     def _losses(self, sae: HierarchicalSAE | FlatSAE) -> Mapping[str, Tensor]:
         """Cross-entropy of the next token when the unembedding reads a stand-in."""
-        if self.model is None or self.task.hook != "unembed_input":
+        if self.model is None or self.task.hook != UNEMBED_INPUT:
             return {}
         batch = self.rows("test", self.n_loss)
         answers = batch.ids[:, COLUMNS.index("next_token")].long()

@@ -16,8 +16,9 @@ from torch import Tensor
 from allostasis.core.records import RunRecord, write_table
 from allostasis.core.spaces import CausalMetric, UnembVec, causal_metric
 from allostasis.experiments.hsae import arms
+from allostasis.experiments.hsae.carried import RidgeMap, ridge_map
 from allostasis.experiments.hsae.clouds import kept_tokens, unembedding
-from allostasis.experiments.hsae.scoring import Activations, Scoring
+from allostasis.experiments.hsae.scoring import Activations, Scoring, Split
 from allostasis.experiments.hsae.stages import Losses, StageA, stages
 from allostasis.experiments.hsae.training import Training
 from allostasis.metrics.base import Snapshot
@@ -27,6 +28,7 @@ from allostasis.models.teacher import FILE, Teacher, read_teacher
 from allostasis.models.zoo import LanguageModel
 from allostasis.tasks.activations import ActivationDataModule
 from allostasis.tasks.concepts import Selection, read_table
+from allostasis.tasks.harvest import UNEMBED_INPUT
 from allostasis.tasks.planted_hierarchy import PlantedHierarchy
 
 Kind = Literal["hsae", "topk", "batchtopk", "matryoshka"]
@@ -76,6 +78,8 @@ class HsaeTrain(Training):
         log_grad_every: Updates between looks at each loss and its gradient; likewise.
         evaluate_at: Updates after which concepts are scored too, and weights kept; multiples of
             `eval_every`.
+        allow_weak_map: Whether concepts may be carried to an earlier hook that tells less than half
+            of the variance of what the unembedding reads.
 
     Raises:
         ConfigError: A stage enables a loss that can move nothing.
@@ -121,6 +125,7 @@ class HsaeTrain(Training):
         eval_every: Annotated[int, Gt(0)] = 500,
         log_grad_every: Annotated[int, Gt(0)] = 100,
         evaluate_at: Sequence[int] = (),
+        allow_weak_map: bool = False,
     ) -> None:
         del selection  # of the run that is read
         if isinstance(task, PlantedHierarchy) and teacher != "causal":
@@ -169,10 +174,12 @@ class HsaeTrain(Training):
         self.teacher: Teacher | None = None
         self.teacher_arm = teacher
         self.n_random: int | None = None
+        self.allow_weak_map = allow_weak_map
+        self.map: RidgeMap | None = None
         self._latest: dict[tuple[str, str | None], float] = {}
         self.offers = frozenset({"coding", "decoder", "members", "matches"})
         self.offers |= {"truth"} if self.is_planted else set()
-        self.offers |= {"token_losses"} if self.hook == "unembed_input" else set()
+        self.offers |= {"token_losses"} if self.hook == UNEMBED_INPUT else set()
         self.model.start_at(task.mean(), task.scale)
         if self.is_planted or start not in arms.TAUGHT:
             self._begin()
@@ -214,13 +221,6 @@ class HsaeTrain(Training):
                 f"module.teacher={teacher}, and the run that is read is {reads_of[TEACHER]}'s; set "
                 "module.teacher alone"
             )
-        if not self.is_planted and self.start in arms.TAUGHT:
-            hook = self.task.hook
-            if hook != "unembed_input":
-                raise ValueError(
-                    f"a teacher's vectors are directions of what the unembedding reads, not of "
-                    f"{hook}; set task.hook=unembed_input"
-                )
 
     def _made(self, kernel: KernelChoice) -> HierarchicalSAE | FlatSAE:
         if self.kind == "hsae":
@@ -252,10 +252,14 @@ class HsaeTrain(Training):
             table = read_table(folder, tokenizer_sha256=self.teacher.tokenizer_sha256)
             self.scoring.use(table, self.teacher)
             self.metric = self._metric(self.teacher)
-            self.sigma = self.metric.sigma.float().to(self.device)
             facts["teacher"] = {
                 "parents": len(self.teacher.synsets), "children": int(self.teacher.mask.sum()),
             }  # fmt: skip
+            if self.kind == "hsae" and self.hook != UNEMBED_INPUT:
+                self.map = self._map()
+                self.metric = self.map.metric(self.metric)
+                facts["map"] = {"r2": self.map.r2, "penalty": self.map.penalty}
+            self.sigma = self.metric.sigma.float().to(self.device)
         arm = next((record for name, record in earlier.items() if name != TEACHER), None)
         if arm is not None and self.kind != "hsae":
             l0 = float(arm.run["summary"]["l0"])
@@ -273,6 +277,18 @@ class HsaeTrain(Training):
         if self.teacher_arm != "euclidean" or model is None:
             return teacher.metric  # that of shuffled rows is the model's own, too
         return causal_metric(UnembVec(unembedding(model)[torch.from_numpy(kept_tokens(model))]))
+
+    def _map(self) -> RidgeMap:
+        """The map from the task's hook to what the unembedding reads, from its own rows."""
+        assert isinstance(self.task, ActivationDataModule)
+        sizes: dict[Split, int] = {"train": self.scoring.n_match, "test": self.scoring.n_test}
+        train, test = (
+            (self.task.split(split, n).x, self.task.unembed_input(split, n))
+            for split, n in sizes.items()
+        )
+        found = ridge_map(train, test)
+        found.check(self.hook, allow_weak=self.allow_weak_map)
+        return found
 
     def _begin(self) -> None:
         """Plant the first atoms."""
@@ -296,6 +312,8 @@ class HsaeTrain(Training):
             assert self.teacher is not None
             seed = self.task.seed if self.start == "rotated" else None
             self.beginning = arms.of_teacher(self.teacher, m=m, c=c, seed=seed)
+            if self.map is not None:
+                self.beginning = self.map.back(self.beginning)
         start = self.beginning
         device = self.model.D.device
         self.n_random = self.model.plant(
