@@ -371,6 +371,20 @@ def test_at_an_earlier_hook_concepts_are_carried_back_by_a_map_of_the_same_token
     now = module.metric.whiten_resid(ResidVec(module.beginning.parents.double()))
     assert torch.allclose(now @ now.T, was @ was.T, rtol=1e-3, atol=1e-5)
     assert torch.equal(module.sigma, module.metric.sigma.float())
+    # what the language model loses is read behind the hook, on the rows that the task tests on
+    windows = module.task.windows(tiny_model, "test", 100)
+    ids = torch.cat([torch.from_numpy(window.ids) for window in windows])
+    tested = module.task.split("test", len(ids)).ids
+    assert len(ids) >= min(100, len(module.task.split("test").ids))
+    assert torch.equal(ids[: len(tested)], tested)
+    losses = module.scoring._losses(module.model)
+    there = tested[:, 3] >= 0
+    logits = tiny_model.decoder.unembed(module.task.unembed_input("test", len(tested))[there])
+    exact = torch.nn.functional.cross_entropy(
+        logits.detach().float(), tested[there, 3].long(), reduction="none"
+    )
+    assert torch.allclose(losses["clean"][: len(exact)], exact, atol=0.05)  # rows are bfloat16
+    assert all((losses[kind] - losses["clean"]).abs().max() > 1e-3 for kind in ("sae", "mean"))
     early = made("blocks.0.hook_resid_pre")  # of any arm: the losses' inner product needs the map
     with pytest.raises(ValueError, match=r"module\.allow_weak_map=true"):
         early.take(teacher)

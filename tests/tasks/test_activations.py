@@ -102,6 +102,42 @@ def test_the_unembedding_of_a_row_is_the_logits_and_its_ids_name_the_token(arch:
     assert all(not window.counts[0] for window in windows)
 
 
+@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post"])
+def test_what_stands_in_at_a_hook_reaches_the_unembedding_as_in_transformer_lens(hook: str) -> None:
+    from allostasis.models import lens
+    from allostasis.tasks.harvest import harvest, unembed_input_with, windows_of
+
+    model = lens.pretrained(arch="llama")
+    windows = windows_of(model, " ".join(WORDS), 10, document=0, split=2)
+    clean = harvest(model, windows, ("unembed_input", hook))
+    assert_close(
+        unembed_input_with(model, windows, hook, lambda x: x), clean["unembed_input"],
+        rtol=0, atol=0,
+    )  # fmt: skip
+    seen: list[torch.Tensor] = []
+
+    def half(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return 0.5 * x
+
+    changed = model.decoder.unembed(unembed_input_with(model, windows, hook, half)).detach()
+    assert_close(torch.cat(seen).cpu(), clean[hook])
+    bridge: Any = lens.bridge(model)
+    at = 0
+    for window in windows:
+        counts = torch.tensor(window.counts)
+
+        def put(acts: torch.Tensor, counts: torch.Tensor = counts, **_: Any) -> torch.Tensor:
+            return torch.where(counts[None, :, None], 0.5 * acts, acts)
+
+        tokens = torch.tensor([window.tokens])
+        logits = bridge.run_with_hooks(tokens, fwd_hooks=[(hook, put)])[0][counts].detach()
+        assert_close(changed[at : at + len(logits)], logits, rtol=0, atol=1e-4)
+        assert (logits - bridge(tokens)[0][counts]).abs().max() > 1e-3
+        at += len(logits)
+    assert at == len(changed)
+
+
 def test_a_cache_reads_back_what_the_model_computes(
     make: Callable[..., Any], model: Any, texts: Path, tmp_path: Path
 ) -> None:

@@ -30,8 +30,8 @@ from allostasis.tasks.activation_cache import (
     build,
 )
 from allostasis.tasks.concepts import Chosen, ConceptTable
-from allostasis.tasks.corpora import GLOSSES, SPLITS, Split, corpus_sha256, documents
-from allostasis.tasks.harvest import UNEMBED_INPUT
+from allostasis.tasks.corpora import GLOSSES, SPLITS, Split, corpus_sha256, documents, split_of
+from allostasis.tasks.harvest import UNEMBED_INPUT, Window, windows_of
 from allostasis.tasks.interleaved_patterns import Steps
 from allostasis.tasks.labels import Labels, concept_labels
 from allostasis.tasks.shuffled import ShuffleBuffer
@@ -207,6 +207,28 @@ class ActivationDataModule(L.LightningDataModule):
     def unembed_input(self, split: Split, n: int | None = None) -> Float[Tensor, "row d"]:
         """What the unembedding reads of the tokens that `split` gives."""
         return as_floats(self.cache.reader(UNEMBED_INPUT)(self._rows[split][:n]))
+
+    def windows(self, model: Any, split: Split, n: int) -> list[Window]:
+        """The first windows of a split's documents that hold `n` rows, or all that were harvested.
+
+        Args:
+            model: The model of the cache.
+            split: The split.
+            n: Rows.
+        """
+        found: list[Window] = []
+        last, rows = int(self._ids[-1, COLUMNS.index("document")]), 0
+        for number, text in enumerate(documents(self.corpus)):
+            if number > last or rows >= n:
+                break
+            if split_of(text) != split:
+                continue
+            own = windows_of(
+                model, text, self.plan.window, document=number, split=SPLITS.index(split)
+            )
+            found += own
+            rows += sum(len(window.ids) for window in own)
+        return found
 
     def _as_batch(
         self, rows: np.ndarray, stored: np.ndarray, device: torch.device | str

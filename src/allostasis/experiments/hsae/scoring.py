@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -20,11 +22,13 @@ from allostasis.models.teacher import Teacher
 from allostasis.models.zoo import LanguageModel
 from allostasis.tasks.activations import COLUMNS, ActivationBatch, ActivationDataModule
 from allostasis.tasks.concepts import Chosen, ConceptTable
-from allostasis.tasks.harvest import UNEMBED_INPUT
+from allostasis.tasks.harvest import UNEMBED_INPUT, Window, unembed_input_with
 from allostasis.tasks.labels import Labels
 from allostasis.tasks.planted_hierarchy import PlantedHierarchy
 
 CELLS = 2**24  # logits that are held at once
+WINDOWS = 16  # that the language model reads side by side
+StandIn = Callable[[Tensor], Tensor]
 Split = Literal["train", "val", "test"]
 Activations = ActivationDataModule | PlantedHierarchy
 
@@ -143,19 +147,38 @@ class Scoring:
 
     @torch.no_grad()
     def _losses(self, sae: HierarchicalSAE | FlatSAE) -> Mapping[str, Tensor]:
-        """Cross-entropy of the next token when the unembedding reads a stand-in."""
-        if self.model is None or self.task.hook != UNEMBED_INPUT:
+        """Cross-entropy of the next token when something stands in for the stream at the hook."""
+        if self.model is None:
             return {}
-        batch = self.rows("test", self.n_loss)
-        answers = batch.ids[:, COLUMNS.index("next_token")].long()
-        x, answers = batch.x[answers >= 0], answers[answers >= 0]
-        read = {
-            "clean": x,
-            "sae": coding(sae, x).reconstruction,
-            "zero": torch.zeros_like(x[:1]),
-            "mean": self.rows("train", self.n_watch).x.mean(dim=0, keepdim=True),
+        mean = self.rows("train", self.n_watch).x.mean(dim=0, keepdim=True)
+        stands_in: dict[str, StandIn] = {
+            "clean": lambda x: x,
+            "sae": lambda x: coding(sae, x.float().cpu()).reconstruction,
+            "zero": lambda x: torch.zeros_like(x[:1]),
+            "mean": lambda x: mean.to(x),
         }
-        return {kind: self._loss(states, answers) for kind, states in read.items()}
+        if self.task.hook == UNEMBED_INPUT:
+            batch = self.rows("test", self.n_loss)
+            answers = batch.ids[:, COLUMNS.index("next_token")].long()
+            x, answers = batch.x[answers >= 0], answers[answers >= 0]
+            return {kind: self._loss(put(x), answers) for kind, put in stands_in.items()}
+        return {kind: self._loss_through(put) for kind, put in stands_in.items()}
+
+    @cached_property
+    def _windows(self) -> list[Window]:
+        assert isinstance(self.task, ActivationDataModule)
+        return self.task.windows(self.model, "test", self.n_loss)
+
+    def _loss_through(self, stand_in: StandIn) -> Float[Tensor, " token"]:
+        """The losses by a forward pass of all that lies behind the hook."""
+        found = []
+        for begin in range(0, len(self._windows), WINDOWS):
+            some = self._windows[begin : begin + WINDOWS]
+            states = unembed_input_with(self.model, some, self.task.hook, stand_in)
+            ids = torch.from_numpy(np.concatenate([window.ids for window in some]))
+            answers = ids[:, COLUMNS.index("next_token")].long()
+            found.append(self._loss(states[answers >= 0], answers[answers >= 0]))
+        return torch.cat(found)
 
     def _loss(self, states: Float[Tensor, "row d"], answers: Tensor) -> Float[Tensor, " token"]:
         assert self.model is not None

@@ -179,7 +179,7 @@ class HsaeTrain(Training):
         self._latest: dict[tuple[str, str | None], float] = {}
         self.offers = frozenset({"coding", "decoder", "members", "matches"})
         self.offers |= {"truth"} if self.is_planted else set()
-        self.offers |= {"token_losses"} if self.hook == UNEMBED_INPUT else set()
+        self.offers |= set() if language_model is None else {"token_losses"}
         self.model.start_at(task.mean(), task.scale)
         if self.is_planted or start not in arms.TAUGHT:
             self._begin()
