@@ -30,11 +30,11 @@ def write_run() -> Writer:
     import pandas as pd
     import pyarrow as pa
 
-    from allostasis.analysis import claims
+    from allostasis.analysis import claim_files
     from allostasis.core.records import METRICS_SCHEMA, TIMES_SCHEMA, write_json, write_table
     from allostasis.experiments import grokking
 
-    registered = claims.freeze(claims.load(Path(grokking.__path__[0]), "grokking"))
+    registered = claim_files.freeze(claim_files.load(Path(grokking.__path__[0]), "grokking"))
 
     def sigmoid(x: np.ndarray) -> np.ndarray:
         return 1 / (1 + np.exp(-np.clip(x, -500, 500)))

@@ -321,7 +321,7 @@ def test_an_unfinished_study_is_reported_as_such(tmp_path: Path, write_run: Writ
 def test_claims_are_looked_up_in_the_commit_that_the_runs_name(
     tmp_path: Path, write_run: Writer
 ) -> None:
-    from allostasis.analysis import claims
+    from allostasis.analysis import claim_files
     from allostasis.analysis.provenance import frozen_in_commit
 
     repository = tmp_path / "code"
@@ -342,7 +342,7 @@ def test_claims_are_looked_up_in_the_commit_that_the_runs_name(
     head = git("rev-parse", "HEAD")
     write_run(tmp_path / "outputs", commit=head)
     (run,) = [RunView(record) for record in read_runs(tmp_path / "outputs")]
-    count = len(claims.load(repository, "grokking"))
+    count = len(claim_files.load(repository, "grokking"))
     said = frozen_in_commit([run], repository)
     assert said == f"{head[:12]}: all {count} claims stand in it as frozen"
     run.run["claims"] = run.run["claims"] | {"C1.groks": "0" * 64}

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from threadpoolctl import threadpool_limits
 
 from allostasis import instrument
-from allostasis.analysis import claims
+from allostasis.analysis import claim_files
 from allostasis.callbacks import loggers
 from allostasis.callbacks.cadence import Plan
 from allostasis.callbacks.checkpoints import RESUME, Checkpoints
@@ -98,7 +98,7 @@ def open_run(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) 
         seed=cfg.seed,
         device=cfg.device,
     )
-    registered = claims.freeze(claims.load(_experiment(cfg), cfg.name))
+    registered = claim_files.freeze(claim_files.load(_experiment(cfg), cfg.name))
     threads = file.content.get("threads") or cfg.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     # a loss near 0 has gradients below 1e-38, which a CPU computes with ten times slower; AdamW

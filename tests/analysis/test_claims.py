@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import allostasis
-from allostasis.analysis import claims, summaries
+from allostasis.analysis import claim_files, claims, summaries
 from allostasis.analysis.claims import ClaimError
 
 PACKAGE = Path(allostasis.__path__[0])
@@ -31,17 +31,17 @@ ATOM = """
 
 
 def read(text: str) -> list[claims.Claim]:
-    return claims.read(text, origin="claims.yaml")
+    return claim_files.read(text, origin="claims.yaml")
 
 
 def test_every_claims_file_loads_and_no_id_is_used_twice_in_the_package() -> None:
     assert FILES
-    ids = [c.id for file in FILES for c in claims.read(file.read_text(), origin=str(file))]
+    ids = [c.id for file in FILES for c in claim_files.read(file.read_text(), origin=str(file))]
     assert len(ids) == len(set(ids))
 
 
 def test_the_grokking_claims_cover_the_source_and_say_where_they_come_from() -> None:
-    loaded = claims.load(PACKAGE / "experiments/grokking", "grokking")
+    loaded = claim_files.load(PACKAGE / "experiments/grokking", "grokking")
     assert {"C1", "C2", "C3", "C4"} <= {claim.id for claim in loaded}
     assert all(claim.source and claim.text for claim in loaded)
     assert {claim.status for claim in loaded} == {"published", "corrected", "own"}
@@ -70,14 +70,14 @@ def test_claims_about_models_share_neither_family_nor_precondition_with_others()
 
 
 def test_a_folder_without_claims_has_none(tmp_path: Path) -> None:
-    assert claims.load(tmp_path, "grokking") == []
+    assert claim_files.load(tmp_path, "grokking") == []
 
 
 def test_a_file_of_several_experiments_gives_each_its_own(tmp_path: Path) -> None:
     other = ATOM.replace("X1", "X2").replace("  source:", "  exp: ov\n  source:", 1)
     (tmp_path / "claims.yaml").write_text(ATOM + other)
-    assert [claim.id for claim in claims.load(tmp_path, "ov")] == ["X1", "X2"]
-    assert [claim.id for claim in claims.load(tmp_path, "zero")] == ["X1"]
+    assert [claim.id for claim in claim_files.load(tmp_path, "ov")] == ["X1", "X2"]
+    assert [claim.id for claim in claim_files.load(tmp_path, "zero")] == ["X1"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_confounds_are_names_with_or_without_the_arm_that_excludes_them() -> Non
 
 
 def test_freezing_gives_canonical_json_and_a_hash_of_each_claim() -> None:
-    frozen = claims.freeze(read(ATOM + ATOM.replace("X1", "X2")))
+    frozen = claim_files.freeze(read(ATOM + ATOM.replace("X1", "X2")))
     content: list[dict[str, Any]] = json.loads(frozen["text"])
     assert [claim["id"] for claim in content] == ["X1", "X2"]
     assert list(content[0]) == sorted(content[0])
@@ -161,13 +161,13 @@ def test_freezing_gives_canonical_json_and_a_hash_of_each_claim() -> None:
 def test_the_order_of_keys_and_the_spelling_of_numbers_do_not_change_a_hash() -> None:
     lines = ATOM.strip().splitlines()
     turned = "\n".join([lines[0], *reversed(lines[1:])]).replace("0.5", "5.0e-1")
-    assert claims.freeze(read(turned)) == claims.freeze(read(ATOM))
+    assert claim_files.freeze(read(turned)) == claim_files.freeze(read(ATOM))
 
 
 def test_a_claim_added_later_leaves_the_others_hashes_and_an_edit_changes_its_own() -> None:
-    before = claims.freeze(read(ATOM))["hashes"]
-    after = claims.freeze(read(ATOM + ATOM.replace("X1", "X2")))["hashes"]
-    edited = claims.freeze(read(ATOM.replace("0.5", "0.4")))["hashes"]
+    before = claim_files.freeze(read(ATOM))["hashes"]
+    after = claim_files.freeze(read(ATOM + ATOM.replace("X1", "X2")))["hashes"]
+    edited = claim_files.freeze(read(ATOM.replace("0.5", "0.4")))["hashes"]
     assert after["X1"] == before["X1"] != edited["X1"]
 
 

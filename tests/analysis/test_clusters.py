@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from allostasis.analysis import claims, clusters, estimands, measures, prompts, summaries
+from allostasis.analysis import claim_files, clusters, estimands, measures, prompts, summaries
 from allostasis.analysis import statistics as st
 from allostasis.analysis.aggregate import Arm, Sample
 from allostasis.analysis.claims import Claim, ClaimError
@@ -35,7 +35,7 @@ ATOM = """
 
 
 def claim(**changes: object) -> Claim:
-    (read,) = claims.read(ATOM, origin="claims.yaml")
+    (read,) = claim_files.read(ATOM, origin="claims.yaml")
     return Claim.model_validate(read.model_dump(exclude_none=True) | changes)
 
 
@@ -286,7 +286,7 @@ def test_between_the_bound_and_refuted_at_a_claim_stays_open(share: float, word:
 )
 def test_a_wrong_claim_about_clusters_is_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(ClaimError) as caught:
-        claims.read(ATOM.replace(old, new), origin="claims.yaml")
+        claim_files.read(ATOM.replace(old, new), origin="claims.yaml")
     assert message in str(caught.value)
 
 
@@ -294,17 +294,17 @@ def test_a_wrong_claim_about_clusters_is_refused(old: str, new: str, message: st
 def test_claims_frozen_by_recorded_studies_keep_their_bytes(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     there = [Claim.model_validate(content) for content in json.loads(text)]
-    frozen = claims.freeze(there)
+    frozen = claim_files.freeze(there)
     assert frozen["text"] == text
     run = json.loads(path.with_name("run.json").read_text(encoding="utf-8"))
     assert run["claims"] == frozen["hashes"]
 
 
 def test_a_field_that_is_not_set_is_not_frozen() -> None:
-    (content,) = json.loads(claims.freeze([claim()])["text"])
+    (content,) = json.loads(claim_files.freeze([claim()])["text"])
     assert "refuted_at" not in content
     assert content["select"] == {"ablation": "zero", "set": "all"}
-    assert "refuted_at" in claims.freeze([claim(refuted_at=0.5)])["text"]
+    assert "refuted_at" in claim_files.freeze([claim(refuted_at=0.5)])["text"]
 
 
 def test_every_summary_of_prompts_names_its_table() -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from allostasis.analysis import registry
 from allostasis.analysis.aggregate import Arm, Sample
-from allostasis.analysis.claims import Claim, freeze
+from allostasis.analysis.claim_files import freeze
+from allostasis.analysis.claims import Claim
 from allostasis.analysis.families import family_sizes, seeds_needed
 from allostasis.analysis.measures import measure
 from allostasis.analysis.verdicts import Result, Verdict, decide

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from allostasis.analysis import registry
-from allostasis.analysis.claims import freeze
+from allostasis.analysis.claim_files import freeze
 from allostasis.analysis.registry import Row
 
 LINES = Path(__file__).with_name("source_criteria.txt")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from allostasis.analysis import claims, suppressors
+from allostasis.analysis import claim_files, claims, suppressors
 from allostasis.analysis.aggregate import arms
 from allostasis.analysis.curves import RunView, UndefinedError
 from allostasis.analysis.verdicts import Result, judge
@@ -24,7 +24,9 @@ Write = Callable[..., RunView]
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """A function that writes a run of the language model with ratios of our choice."""
-    registered = claims.freeze(claims.load(Path(superposition.__path__[0]), "superposition"))
+    registered = claim_files.freeze(
+        claim_files.load(Path(superposition.__path__[0]), "superposition")
+    )
 
     def make(ratios: dict[str, float], *, stream: float = 0.9, n: int = 192) -> RunView:
         rng = np.random.default_rng(0)
@@ -66,7 +68,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def _judged(view: RunView) -> dict[str, Result]:
-    registered = claims.load(Path(superposition.__path__[0]), "superposition")
+    registered = claim_files.load(Path(superposition.__path__[0]), "superposition")
     return {result.claim.id: result for result in judge(registered, arms([view]))}
 
 
@@ -112,12 +114,12 @@ def test_what_was_not_found_has_a_reason(write: Write) -> None:
 
 def test_bounds_alone_alter_a_verdict(write: Write) -> None:
     view = write(dict.fromkeys(VALUES, 3.0))
-    registered = claims.load(Path(superposition.__path__[0]), "superposition")
+    registered = claim_files.load(Path(superposition.__path__[0]), "superposition")
     moved = [
         claim.model_copy(update={"bound": 4.0}) if claim.id == "D1.lm.mean" else claim
         for claim in registered
     ]
-    digest = claims.freeze(moved)["hashes"]
+    digest = claim_files.freeze(moved)["hashes"]
     view.run["claims"] = digest
     results = {result.claim.id: result for result in judge(moved, arms([view]))}
     assert results["D1.lm.mean"].verdict.word == "refuted"
@@ -126,7 +128,7 @@ def test_bounds_alone_alter_a_verdict(write: Write) -> None:
 
 def test_agree_belongs_to_compounds() -> None:
     with pytest.raises(claims.ClaimError, match="`agree` is about the atoms of a compound"):
-        claims.read(
+        claim_files.read(
             "- {id: A, source: own, text: t, family: f, status: own, agree: true, "
             "estimand: {summary: final, of: mean}, arms: {treatment: a}, select: {metric: m}, "
             "direction: greater, bound: 0.0, test: t}",

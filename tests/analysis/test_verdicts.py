@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import allostasis
-from allostasis.analysis import claims, estimands, families, studies
+from allostasis.analysis import claim_files, estimands, families, studies
 from allostasis.analysis.aggregate import Arm, IdenticalArmsError, arms
 from allostasis.analysis.claims import Claim
 from allostasis.analysis.confounds import confounds
@@ -40,7 +40,7 @@ def arms_of(root: Path) -> list[Arm]:
 
 
 def registered() -> list[Claim]:
-    return claims.load(GROKKING, "grokking")
+    return claim_files.load(GROKKING, "grokking")
 
 
 def by_id(results: list[Result]) -> dict[str, Result]:
@@ -133,7 +133,7 @@ def test_altered_bounds_alter_verdicts_and_nothing_else(study: Path) -> None:
     for name, bound in (("C1.width", 0.05), ("C3.amplitude", 2.0), ("C2.c.scale", -5.0)):
         moved = [c.model_copy(update={"bound": bound}) if c.id == name else c for c in registered()]
         for run in (run for arm in arms_there for run in arm.runs):
-            run.run["claims"] = claims.freeze(moved)["hashes"]
+            run.run["claims"] = claim_files.freeze(moved)["hashes"]
         after = by_id(judge(moved, arms_there))
         assert original[name].verdict.word == "supported"
         assert after[name].verdict.word == "refuted"

@@ -26,11 +26,11 @@ def write_audit() -> Audit:
     import numpy as np
     import pandas as pd
 
-    from allostasis.analysis import claims
+    from allostasis.analysis import claim_files
     from allostasis.core.records import write_json
     from allostasis.experiments import ioi
 
-    registered = claims.freeze(claims.load(Path(ioi.__path__[0]), "ioi"))
+    registered = claim_files.freeze(claim_files.load(Path(ioi.__path__[0]), "ioi"))
     kinds = {"zero": 1.0, "mean": 0.9, "resample": 0.85}  # how much of the write is taken away
 
     def prompts(seed: int, n: int) -> pd.DataFrame:

@@ -266,7 +266,7 @@ def test_a_clamp_that_a_norm_undoes_is_refused_and_runs_labelled_when_allowed(ro
 
 
 def test_claims_about_an_inert_arm_are_undecided(root: Path) -> None:
-    from allostasis.analysis import claims, verdicts
+    from allostasis.analysis import claim_files, verdicts
     from allostasis.analysis.aggregate import arms
     from allostasis.analysis.curves import RunView
     from allostasis.core.records import read_run
@@ -275,7 +275,7 @@ def test_claims_about_an_inert_arm_are_undecided(root: Path) -> None:
     last = "module.clamp.site=blocks.1.hook_resid_post"
     folder = do(root, "naive_clamp", last, "allow_inert=true", "force=true")
     views = [RunView(read_run(folder))]
-    loaded = claims.load(Path(constraint.__path__[0]), "constraint")
+    loaded = claim_files.load(Path(constraint.__path__[0]), "constraint")
     found = {result.claim.id: result for result in verdicts.judge(loaded, arms(views))}
     assert found["A5"].verdict.word == "undecided"
     assert found["A5"].verdict.reason.startswith("inert: ")
@@ -298,7 +298,7 @@ def test_an_inert_label_goes_where_the_proof_shows_an_effect(root: Path) -> None
 
 
 def test_accuracy_claims_about_a_clamp_that_changes_no_prediction_are_undecided(root: Path) -> None:
-    from allostasis.analysis import claims, verdicts
+    from allostasis.analysis import claim_files, verdicts
     from allostasis.analysis.aggregate import arms
     from allostasis.analysis.curves import RunView
     from allostasis.core.records import read_run
@@ -312,7 +312,7 @@ def test_accuracy_claims_about_a_clamp_that_changes_no_prediction_are_undecided(
     assert effect["label"] == "pinned, argmax_inert"
     assert effect["effect_argmax"] == 0
     assert effect["effect_logits"] > 1e-2
-    loaded = claims.load(Path(constraint.__path__[0]), "constraint")
+    loaded = claim_files.load(Path(constraint.__path__[0]), "constraint")
     found = {r.claim.id: r for r in verdicts.judge(loaded, arms([RunView(read_run(folder))]))}
     for name in ("A5", "A5.rs"):
         assert found[name].verdict.word == "undecided"

@@ -128,10 +128,10 @@ def test_the_published_angle_passes_for_noise_and_is_read_of_every_cloud(
 def test_the_claim_on_the_published_angle_counts_as_nothing() -> None:
     from pathlib import Path
 
-    from allostasis.analysis import claims
+    from allostasis.analysis import claim_files, claims
     from allostasis.experiments import hsae
 
-    there = {claim.id: claim for claim in claims.load(Path(hsae.__path__[0]), "hsae_teacher")}
+    there = {claim.id: claim for claim in claim_files.load(Path(hsae.__path__[0]), "hsae_teacher")}
     found = claims.by_construction(there["H.angle.unit"])
     assert found is not None
     assert found[0] == "supported (vacuous)"

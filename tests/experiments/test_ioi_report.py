@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from allostasis import report as command
-from allostasis.analysis import ablations, canvas, claims, clusters
+from allostasis.analysis import ablations, canvas, claim_files, clusters
 from allostasis.analysis.aggregate import Arm, arms, one_a_condition
 from allostasis.analysis.claims import Claim, Select
 from allostasis.analysis.curves import RunView
@@ -31,7 +31,7 @@ SCOPE = f"; for {TITLE} on IOI only"
 
 
 def registered() -> list[Claim]:
-    return claims.load(PACKAGE, "ioi")
+    return claim_files.load(PACKAGE, "ioi")
 
 
 def arms_of(root: Path) -> list[Arm]:

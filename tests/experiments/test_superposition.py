@@ -425,7 +425,7 @@ def test_a_true_head_hides_no_false_one(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow
 def test_no_suppressor_gives_a_reason_and_no_ratio(run_arm) -> None:  # noqa: ANN001
-    from allostasis.analysis import claims
+    from allostasis.analysis import claim_files
     from allostasis.analysis.aggregate import arms
     from allostasis.analysis.curves import RunView
     from allostasis.analysis.verdicts import judge
@@ -440,7 +440,7 @@ def test_no_suppressor_gives_a_reason_and_no_ratio(run_arm) -> None:  # noqa: AN
         assert not metrics["metric"].str.contains("ratio").any()
         assert json.loads((folder / "suppressors.json").read_text())["resample"]["n_selected"] == 0
     views = [RunView(read_run(folder)) for folder in folders]
-    registered = claims.load(Path(superposition.__path__[0]), "superposition")
+    registered = claim_files.load(Path(superposition.__path__[0]), "superposition")
     results = {result.claim.id: result for result in judge(registered, arms(views))}
     for name in ("D1.toy.resample", "D1.lm.resample", "D2.toy.resample", "D3.ratio.lm.resample"):
         assert results[name].verdict.word == "undecided"
@@ -493,14 +493,14 @@ def test_the_rate_of_the_toys_training_can_fall(tmp_path: Path) -> None:
 def test_a_model_that_did_not_learn_decides_nothing(
     accuracy: float, word: str, tmp_path: Path
 ) -> None:
-    from allostasis.analysis import claims
+    from allostasis.analysis import claim_files
     from allostasis.analysis.aggregate import arms
     from allostasis.analysis.curves import RunView
     from allostasis.analysis.verdicts import judge
     from allostasis.core.records import METRICS_SCHEMA, read_run, write_json, write_table
     from allostasis.experiments import superposition
 
-    registered = claims.load(Path(superposition.__path__[0]), "superposition")
+    registered = claim_files.load(Path(superposition.__path__[0]), "superposition")
     values = ("resample", "mean", "zero")
     views = []
     for seed in range(8):
@@ -520,7 +520,7 @@ def test_a_model_that_did_not_learn_decides_nothing(
         folder.mkdir()
         write_json(folder / "run.json", {
             **identity, "status": "done", "config_hash": "x", "device_resolved": "cpu",
-            "claims": claims.freeze(registered)["hashes"], "summary": {}, "checkpoints": {},
+            "claims": claim_files.freeze(registered)["hashes"], "summary": {}, "checkpoints": {},
         })  # fmt: skip
         write_json(folder / "config.yaml", {
             "task": {}, "model": {}, "module": {"n_steps": 20_000, "n_sequences": 1024},

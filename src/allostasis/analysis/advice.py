@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Set
 from pathlib import Path
 
-from allostasis.analysis import claims
+from allostasis.analysis import claim_files
 from allostasis.analysis.families import family_sizes, seeds_needed, units_of
 
 
@@ -24,7 +24,7 @@ def before_sweep(*, exp: str, module: str, conditions: Set[str], n_seeds: int) -
         One line, or None if the seeds are enough for every claim.
     """
     package = importlib.import_module(module.rpartition(".")[0].rpartition(".")[0])
-    registered = claims.load(Path(package.__path__[0]), exp)
+    registered = claim_files.load(Path(package.__path__[0]), exp)
     sizes = family_sizes(registered)
     short: dict[int, list[str]] = defaultdict(list)
     for claim in registered:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from allostasis.analysis import claims as claims_module
+from allostasis.analysis import claim_files
 from allostasis.analysis.claims import Claim, ClaimError
 from allostasis.analysis.curves import RunView
 
@@ -150,7 +150,7 @@ def _compare(runs: Sequence[RunView], folder: Path, blob: str) -> str:
     except subprocess.CalledProcessError:
         return "not checked: this repository has no such file in that commit"
     try:
-        committed = claims_module.freeze(claims_module.read(text, origin=blob))["hashes"]
+        committed = claim_files.freeze(claim_files.read(text, origin=blob))["hashes"]
     except ClaimError:
         return "not checked: this version cannot read the claims of that commit"
     frozen = {pair for run in runs for pair in (run.run.get("claims") or {}).items()}

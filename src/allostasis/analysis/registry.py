@@ -15,8 +15,9 @@ import pandas as pd
 import yaml
 
 import allostasis
-from allostasis.analysis import claims as claims_module
-from allostasis.analysis.claims import Claim, by_construction, freeze
+from allostasis.analysis import claim_files
+from allostasis.analysis.claim_files import freeze
+from allostasis.analysis.claims import Claim, by_construction
 
 CRITERIA = "criteria.yaml"
 DOCUMENTS = {
@@ -151,7 +152,7 @@ def registered(package: Path | None = None) -> dict[str, list[Claim]]:
     found: dict[str, list[Claim]] = {}
     for path in sorted(folder.glob("*/claims.yaml")):
         text = path.read_text(encoding="utf-8")
-        for claim in claims_module.read(text, origin=str(path)):
+        for claim in claim_files.read(text, origin=str(path)):
             found.setdefault(claim.exp or path.parent.name, []).append(claim)
     return found
 

@@ -16,8 +16,7 @@ from typing import Any, get_args
 
 from markupsafe import Markup
 
-from allostasis.analysis import canvas, checks, outcomes
-from allostasis.analysis import claims as claims_module
+from allostasis.analysis import canvas, checks, claim_files, outcomes
 from allostasis.analysis.aggregate import Arm, arms, one_a_condition
 from allostasis.analysis.canvas import Figure
 from allostasis.analysis.claims import Claim
@@ -249,7 +248,7 @@ def across_models(
         The extension without these claims, for the studies of single models, and theirs, which has
         no figures; None where there is no such claim.
     """
-    general = claims_module.across_models(extension.claims)
+    general = claim_files.across_models(extension.claims)
     if not general:
         return extension, None
     own = [claim for claim in extension.claims if claim.id in general]
@@ -322,7 +321,7 @@ def extension(exp: str, views: Sequence[RunView]) -> Extension:
     if not found or not found.submodule_search_locations:
         return Extension(Path(), [])
     folder = Path(found.submodule_search_locations[0])
-    registered = claims_module.load(folder, exp)
+    registered = claim_files.load(folder, exp)
     first, *design = (inspect.getdoc(importlib.import_module(package)) or "").split("\n\n")
     told = {
         "question": questions().get(exp, " ".join(first.split())),

@@ -20,7 +20,8 @@ from allostasis.analysis.aggregate import (
     shown,
     summarise,
 )
-from allostasis.analysis.claims import Claim, across_models, by_construction, freeze
+from allostasis.analysis.claim_files import freeze
+from allostasis.analysis.claims import Claim, across_models, by_construction
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.estimands import Inference
 from allostasis.analysis.families import adjusted, family_sizes, seeds_needed, units_of
