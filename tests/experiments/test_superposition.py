@@ -341,6 +341,28 @@ def test_planted_ratio_is_recovered(run_arm) -> None:  # noqa: ANN001
     assert facts["summary"]["no_check"] == {}
 
 
+@pytest.mark.slow
+def test_all_small_arms_together_make_a_report(run_arm) -> None:  # noqa: ANN001
+    from allostasis import report
+    from allostasis.analysis.curves import RunView
+    from allostasis.analysis.summaries import mean_of_clusters
+    from allostasis.core.records import read_run
+
+    words = ["module.n_steps=20", "module.n_sequences=32", "module.n_plants=1", "module.n_sets=4",
+             "module.grid.n_steps=20"]  # fmt: skip
+    arms = ("suppressors_toy", "planted", "null", "toy_models")
+    folders = {condition: run_arm(condition, *words) for condition in arms}
+    root = folders["planted"].parents[2]
+    assert report.main([str(root)]) == 0
+    drawn = {path.stem for path in (root / "report" / "figures").glob("*.png")}
+    assert {"effects", "plants", "dimensionality", "capacity"} <= drawn
+    # plants are single examples, and no cluster's
+    planted = RunView(read_run(folders["planted"]))
+    kind = str(planted.prompts("examples")["intervention"].iloc[0])
+    with pytest.raises(UndefinedError, match="was not recorded, by cluster"):
+        mean_of_clusters(planted, "cost", kind)
+
+
 @pytest.fixture
 def nulls() -> Callable[[], tuple[dict[str, Any], dict[str, bool]]]:
     """A function that runs the negative controls on a small model; its facts and checks."""

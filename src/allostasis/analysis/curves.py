@@ -233,7 +233,8 @@ class RunView:
             rows = pq.read_table(path).to_pandas()
             # the lab's records say group, as its corpora do
             rows = rows.rename(columns={"group": "cluster"})
-            self._prompts[table] = rows.astype({"cluster": str})
+            has_clusters = "cluster" in rows  # planted heads and features have none
+            self._prompts[table] = rows.astype({"cluster": str}) if has_clusters else rows
         return self._prompts[table]
 
     @cached_property

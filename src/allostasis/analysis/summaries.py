@@ -271,8 +271,8 @@ def mean_of_clusters(run: RunView, name: str, intervention: str) -> float:
 def _by_cluster(name: str, intervention: str, run: RunView) -> pd.Series:
     rows = run.prompts("examples")
     rows = rows[rows["intervention"] == intervention]
-    if rows.empty or name not in rows:
-        raise UndefinedError(f"{name} of {intervention} was not recorded")
+    if rows.empty or not {name, "cluster"} <= {*rows}:
+        raise UndefinedError(f"{name} of {intervention} was not recorded, by cluster")
     return rows.astype({name: "float64"}).groupby("cluster")[name].mean()
 
 
