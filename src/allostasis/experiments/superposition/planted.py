@@ -141,7 +141,9 @@ def checks(facts: Mapping[str, Any]) -> tuple[dict[str, bool], dict[str, str]]:
 
     An interval of 95 % misses 1 plant in 20 at its best, so that `plant_1_covers_1` allows as many
     misses as chance does: it fails where so few intervals cover what was planted that chance alone
-    (a binomial count) gives as few in 5 % of runs or less. Of five plants, one may be missed.
+    (a binomial count) gives as few in 5 % of runs or less. Of five plants, one may be missed. The
+    count takes plants to be independent; those of a run share sequences and often a source, so that
+    it fails more often than that.
 
     Args:
         facts: What `check_plants` gave.
