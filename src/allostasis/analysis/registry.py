@@ -16,7 +16,6 @@ import yaml
 
 import allostasis
 from allostasis.analysis import claim_files
-from allostasis.analysis.claim_files import freeze
 from allostasis.analysis.claims import Claim, by_construction
 
 CRITERIA = "criteria.yaml"
@@ -209,7 +208,7 @@ def _by_id() -> dict[str, tuple[str, Claim, str]]:
     return {
         claim.id: (exp, claim, digest)
         for exp, claims in registered().items()
-        for claim, digest in zip(claims, freeze(claims)["hashes"].values(), strict=True)
+        for claim, digest in zip(claims, claim_files.freeze(claims)["hashes"].values(), strict=True)
     }
 
 

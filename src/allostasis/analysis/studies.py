@@ -20,6 +20,7 @@ from allostasis.analysis import canvas, checks, claim_files, outcomes
 from allostasis.analysis.aggregate import Arm, arms, one_a_condition
 from allostasis.analysis.canvas import Figure
 from allostasis.analysis.claims import Claim
+from allostasis.analysis.claims import across_models as models_in_general
 from allostasis.analysis.curves import RunView, UndefinedError
 from allostasis.analysis.provenance import Commands, commands, provenance
 from allostasis.analysis.tables import Table, exploratory
@@ -248,7 +249,7 @@ def across_models(
         The extension without these claims, for the studies of single models, and theirs, which has
         no figures; None where there is no such claim.
     """
-    general = claim_files.across_models(extension.claims)
+    general = models_in_general(extension.claims)
     if not general:
         return extension, None
     own = [claim for claim in extension.claims if claim.id in general]

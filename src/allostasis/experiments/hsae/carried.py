@@ -42,7 +42,9 @@ class RidgeMap:
     def metric(self, later: CausalMetric) -> CausalMetric:
         """The causal inner product at the hook: <a, b> = (M a)^T Sigma (M b)."""
         sigma = self.weight.T @ later.sigma.double() @ self.weight
-        return CausalMetric((sigma + sigma.T) / 2, later.mean, later.shrinkage)
+        return CausalMetric(
+            (sigma + sigma.T) / 2, self.weight.T @ later.mean.double(), later.shrinkage
+        )
 
     def check(self, hook: str, *, allow_weak: bool) -> None:
         """Refuse a map that says too little.
@@ -80,18 +82,17 @@ def ridge_map(
         >>> found.r2 > 0.999
         True
     """
-    from sklearn.linear_model import Ridge
+    from sklearn.linear_model import RidgeCV
     from sklearn.metrics import r2_score
-    from sklearn.model_selection import GridSearchCV, KFold
+    from sklearn.model_selection import KFold
 
     (x, y), (x_test, y_test) = ([side.double().numpy() for side in pair] for pair in (train, test))
     unit = len(x) * float(np.mean(np.square(x - x.mean(axis=0))))
-    search = GridSearchCV(
-        Ridge(solver="cholesky"),
-        {"alpha": [unit * penalty for penalty in PENALTIES]},
+    found = RidgeCV(
+        [unit * penalty for penalty in PENALTIES],
         cv=KFold(FOLDS),
         scoring="neg_mean_squared_error",
     ).fit(x, y)
-    r2 = r2_score(y_test, search.predict(x_test), multioutput="variance_weighted")
-    weight = torch.from_numpy(np.ascontiguousarray(search.best_estimator_.coef_))
-    return RidgeMap(weight, PENALTIES[search.best_index_], float(r2))
+    r2 = r2_score(y_test, found.predict(x_test), multioutput="variance_weighted")
+    weight = torch.from_numpy(np.ascontiguousarray(found.coef_))
+    return RidgeMap(weight, float(found.alpha_) / unit, float(r2))

@@ -150,27 +150,30 @@ class Scoring:
         """Cross-entropy of the next token when something stands in for the stream at the hook."""
         if self.model is None:
             return {}
+        own = self._loss_with(lambda x: coding(sae, x.float().cpu()).reconstruction)
+        return {**self._beside, "sae": own}
+
+    @cached_property
+    def _beside(self) -> dict[str, Tensor]:
+        """The losses that no autoencoder has a part in, read once."""
         mean = self.rows("train", self.n_watch).x.mean(dim=0, keepdim=True)
-        stands_in: dict[str, StandIn] = {
-            "clean": lambda x: x,
-            "sae": lambda x: coding(sae, x.float().cpu()).reconstruction,
-            "zero": lambda x: torch.zeros_like(x[:1]),
-            "mean": lambda x: mean.to(x),
+        return {
+            "clean": self._loss_with(lambda x: x),
+            "zero": self._loss_with(lambda x: torch.zeros_like(x[:1])),
+            "mean": self._loss_with(lambda x: mean.to(x)),
         }
-        if self.task.hook == UNEMBED_INPUT:
-            batch = self.rows("test", self.n_loss)
-            answers = batch.ids[:, COLUMNS.index("next_token")].long()
-            x, answers = batch.x[answers >= 0], answers[answers >= 0]
-            return {kind: self._loss(put(x), answers) for kind, put in stands_in.items()}
-        return {kind: self._loss_through(put) for kind, put in stands_in.items()}
 
     @cached_property
     def _windows(self) -> list[Window]:
         assert isinstance(self.task, ActivationDataModule)
         return self.task.windows(self.model, "test", self.n_loss)
 
-    def _loss_through(self, stand_in: StandIn) -> Float[Tensor, " token"]:
-        """The losses by a forward pass of all that lies behind the hook."""
+    def _loss_with(self, stand_in: StandIn) -> Float[Tensor, " token"]:
+        """The losses; at an earlier hook, by a forward pass of all that lies behind it."""
+        if self.task.hook == UNEMBED_INPUT:
+            batch = self.rows("test", self.n_loss)
+            answers = batch.ids[:, COLUMNS.index("next_token")].long()
+            return self._loss(stand_in(batch.x[answers >= 0]), answers[answers >= 0])
         found = []
         for begin in range(0, len(self._windows), WINDOWS):
             some = self._windows[begin : begin + WINDOWS]
