@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +43,8 @@ class RidgeMap:
     def metric(self, later: CausalMetric) -> CausalMetric:
         """The causal inner product at the hook: <a, b> = (M a)^T Sigma (M b)."""
         sigma = self.weight.T @ later.sigma.double() @ self.weight
-        return CausalMetric(
-            (sigma + sigma.T) / 2, self.weight.T @ later.mean.double(), later.shrinkage
-        )
+        mean = self.weight.T @ later.mean.double()
+        return CausalMetric((sigma + sigma.T) / 2, mean, later.shrinkage)
 
     def check(self, hook: str, *, allow_weak: bool) -> None:
         """Refuse a map that says too little.
@@ -95,4 +95,5 @@ def ridge_map(
     ).fit(x, y)
     r2 = r2_score(y_test, found.predict(x_test), multioutput="variance_weighted")
     weight = torch.from_numpy(np.ascontiguousarray(found.coef_))
-    return RidgeMap(weight, float(found.alpha_) / unit, float(r2))
+    chosen: Any = found.alpha_
+    return RidgeMap(weight, float(chosen) / unit, float(r2))
