@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,20 +11,18 @@ from typing import Any
 
 import lightning as L
 import torch
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, flag_override
 from threadpoolctl import threadpool_limits
 
-from allostasis import instrument, run
+from allostasis import lifecycle
 from allostasis.callbacks.members import Member, MemberCheckpoints, Members
 from allostasis.callbacks.progress import Progress
 from allostasis.callbacks.recorder import Identity, Recorder
-from allostasis.core import devices, locate
+from allostasis.core import devices
 from allostasis.core.config import run_folders
 from allostasis.core.interrupt import Interrupted, interruptible
 from allostasis.core.provenance import RunFile, Status
-
-log = logging.getLogger(__name__)
+from allostasis.lifecycle import Make
 
 
 @dataclass
@@ -58,12 +55,15 @@ def seats(cfg: DictConfig, folder: Path) -> list[Seat]:
     return made
 
 
-def run_block(cfg: DictConfig, folder: Path, *, command: str | None = None) -> dict[str, Any]:
+def run_block(
+    cfg: DictConfig, folder: Path, make: Make, *, command: str | None = None
+) -> dict[str, Any]:
     """Do the runs of a block that are not done, or go on where an interrupted block stopped.
 
     Args:
         cfg: A config that `core.validate` found good, with `module.replicas` above 1.
         folder: The folder of its first seed's run; the others lie beside it.
+        make: Does a run that these ones read.
         command: The words that make this block, for each run.json.
 
     Returns:
@@ -79,29 +79,19 @@ def run_block(cfg: DictConfig, folder: Path, *, command: str | None = None) -> d
     places = seats(cfg, folder)
     with ExitStack() as stack:
         for seat in places:
-            stack.enter_context(_locked(seat.folder))
+            stack.enter_context(lifecycle.locked(seat.folder))
         stack.enter_context(interruptible())
         resume = _resume_path(places)
         if cfg.force:
             shutil.rmtree(resume.parent, ignore_errors=True)
             for seat in places:
-                run.clear(seat.folder)
+                lifecycle.clear(seat.folder)
                 seat.file = RunFile(seat.folder)
         todo = [seat for seat in places if not seat.is_done]
         if todo:
             stack.enter_context(threadpool_limits(1, user_api="blas"))
-            _do(places, todo, resume, command)
+            _do(places, todo, resume, make, command)
     return places[0].file.content
-
-
-def _locked(folder: Path) -> FileLock:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise locate.BusyError(f"{folder}: another process is at work on this run") from None
-    return lock
 
 
 def _resume_path(places: list[Seat]) -> Path:
@@ -111,15 +101,17 @@ def _resume_path(places: list[Seat]) -> Path:
     return first.folder.parents[1] / name / "resume.ckpt"
 
 
-def _do(places: list[Seat], todo: list[Seat], resume: Path, command: str | None) -> None:
+def _do(
+    places: list[Seat], todo: list[Seat], resume: Path, make: Make, command: str | None
+) -> None:
     """Open the runs, train them side by side, and say of each how it ended."""
     error: BaseException | None = None
     status: Status = "failed"
     composed = {id(seat): copy.deepcopy(seat.cfg) for seat in todo}
     for seat in todo:
-        seat.identity = run.open_run(seat.cfg, seat.folder, seat.file, command)
+        seat.identity = lifecycle.open_run(seat.cfg, seat.folder, seat.file, command)
     try:
-        _train(places, todo, composed, resume)
+        _train(places, todo, composed, resume, make)
         shutil.rmtree(resume.parent, ignore_errors=True)
     except Interrupted as exception:
         status, error = "interrupted", exception
@@ -134,15 +126,19 @@ def _do(places: list[Seat], todo: list[Seat], resume: Path, command: str | None)
 
 
 def _train(
-    places: list[Seat], todo: list[Seat], composed: dict[int, DictConfig], resume: Path
+    places: list[Seat],
+    todo: list[Seat],
+    composed: dict[int, DictConfig],
+    resume: Path,
+    make: Make,
 ) -> None:
     cfg = todo[0].cfg
-    earlier = {id(seat): run.read_first(composed[id(seat)], seat.folder) for seat in todo}
+    earlier = {
+        id(seat): lifecycle.read_first(composed[id(seat)], seat.folder, make) for seat in todo
+    }
     device = devices.resolve(cfg.device)
     shared: dict[str, Any] = {"device_resolved": device.name, "device_name": device.model}
-    if cfg.gates:
-        gates = instrument.run_gates()
-        shared["gates"] = {gate.name: vars(gate) | {"passed": gate.passed} for gate in gates}
+    shared |= lifecycle.run_gates(cfg)
     # a run that had not ended at the resume point has a slot, whether or not it ended since
     is_resumed = resume.is_file()
     slots = places if is_resumed else todo
@@ -150,13 +146,13 @@ def _train(
     L.seed_everything(cfg.seed, verbose=False)
     members: list[Member] = []
     for slot, seat in enumerate(slots):
-        seat.task, seat.module = run.build_all(seat.cfg, device)
+        seat.task, seat.module = lifecycle.build_all(seat.cfg, device)
         if seat.is_done:
             continue
         seat.facts = dict(shared)
         read = earlier[id(seat)]
         if read:
-            seat.facts |= run.facts_read(read) | seat.module.take(read)
+            seat.facts |= lifecycle.facts_read(read) | seat.module.take(read)
         if not is_resumed:
             seat.facts["effect"] = seat.module.prove_effect()
         seat.file.note(seat.facts)
@@ -168,7 +164,7 @@ def _train(
         _close(slots[member.slot], member, trainer, width)
 
     callback = Members(members, close=close, resume_path=resume, every=every)
-    trainer = run.make_trainer(cfg, resume.parent, device, None, [callback])
+    trainer = lifecycle.make_trainer(cfg, resume.parent, device, None, [callback])
     block = type(todo[0].module).together(
         [seat.module for seat in slots],
         open_slots=[member.slot for member in members],
@@ -180,7 +176,7 @@ def _train(
 
 def _member(seat: Seat, slot: int) -> Member:
     assert seat.identity is not None
-    plan = run.build(seat.cfg.metrics)  # one each: a cadence has a memory
+    plan = lifecycle.build(seat.cfg.metrics)  # one each: a cadence has a memory
     recorder = Recorder(
         folder=seat.folder,
         identity=seat.identity,
@@ -209,5 +205,5 @@ def _close(seat: Seat, member: Member, trainer: L.Trainer, width: int) -> None:
     sha256 = member.checkpoints.sha256
     seat.facts["checkpoints"] = {str(step): sha for step, sha in sorted(sha256.items())}
     seat.facts["wall_s_amortised"] = seat.file.elapsed() / width
-    status = run.close_records(seat.folder, seat.file, seat.facts, module)
+    status = lifecycle.close_records(seat.folder, seat.file, seat.facts, module)
     seat.file.finish(status, seat.facts, None)

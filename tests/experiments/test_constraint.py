@@ -370,7 +370,7 @@ def test_every_arm_of_the_full_sweep_can_be_built_and_a_class_arm_is_refused_bef
     """As `run.read_first` builds it, before the runs that it reads are made."""
     from allostasis.core.config import conf_dir
     from allostasis.core.devices import resolve
-    from allostasis.run import build_all
+    from allostasis.lifecycle import build_all
 
     content = yaml.safe_load((conf_dir() / "exp/constraint.yaml").read_text())
     swept = content["hydra"]["sweeper"]["params"]["condition"].split(",")
