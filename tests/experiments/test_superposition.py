@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -734,7 +735,7 @@ def test_a_scan_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "PIECE", 4)
     toy = ToyTransformer(seed=0, vocab_size=32, seq_len=16, d_model=16).requires_grad_(False)
     splits = held_out(InterleavedPatterns(seed=0, seq_len=16, vocab_size=32), 32)
-    heads = [(0, head) for head in range(4)]
+    heads = list(itertools.product(range(2), range(4)))
 
     def scan(keep: Path | None) -> np.ndarray:
         survey = Survey(ToySubject(toy), splits, heads, seed=0, rule=Rule(), keep=keep)

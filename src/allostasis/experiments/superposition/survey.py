@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -100,22 +101,45 @@ class Survey:
         """Loss clean - loss ablated of each sequence and head."""
         batch, chosen = self.splits[split], self.heads if heads is None else heads
         here, pieces = self.filling(value, split), []
-        tick = Ticker(f"{value} ablation of {len(chosen)} heads", noun="sequences")
+        say = self._ticker(f"{value} ablation of {len(chosen)} heads", len(batch) * len(chosen))
         for begin in range(0, len(batch), PIECE):
             rows = slice(begin, begin + PIECE)
             keep = None if self.keep is None else self.keep / f"{value}-{split}-{begin}.npy"
             if keep is not None and heads is None and keep.is_file():
                 pieces.append(np.load(keep))
+                say(pieces[-1].size)
                 continue
             part = batch.part(rows)
-            ablated = self.subject.ablated_losses(part, chosen, here.rows(rows))
+            ablated = self._ablated(part, chosen, here.rows(rows), say)
             effect = ablation_effect(self.subject.losses(part), ablated)
             pieces.append(effect.double().cpu().numpy().T)
             if keep is not None and heads is None:
                 write_atomically(keep, partial(_save, pieces[-1]), is_durable=False)
-            if keep is not None:
-                tick(begin + len(part), len(batch))
         return np.concatenate(pieces)
+
+    def _ablated(
+        self, part: Sequences, heads: Sequence[Head], here: Filling, say: Callable[[int], None]
+    ) -> Float[Tensor, "head sequence"]:
+        """Losses with each head ablated alone, a layer at a time: one may take half a minute."""
+        found = []
+        for _, some in itertools.groupby(heads, key=lambda head: head[0]):
+            of_layer = list(some)
+            found.append(self.subject.ablated_losses(part, of_layer, here))
+            say(len(part) * len(of_layer))
+        return torch.cat(found)
+
+    def _ticker(self, name: str, planned: int) -> Callable[[int], None]:
+        """Counts ablated sequences, where the scan is one that takes long."""
+        if self.keep is None:
+            return lambda _: None
+        tick, done = Ticker(name, noun="ablated sequences"), 0
+
+        def say(n: int) -> None:
+            nonlocal done
+            done += n
+            tick(done, planned)
+
+        return say
 
     def detect(self, effects: Float[np.ndarray, "sequence head"]) -> Detection:
         """The suppressors among all heads that were looked at."""
