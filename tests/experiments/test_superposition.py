@@ -733,7 +733,8 @@ def test_a_scan_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.M
     from allostasis.tasks.interleaved_patterns import InterleavedPatterns
 
     monkeypatch.setattr(module, "PIECE", 4)
-    toy = ToyTransformer(seed=0, vocab_size=32, seq_len=16, d_model=16).requires_grad_(False)
+    toy = ToyTransformer(seed=0, vocab_size=32, seq_len=16, d_model=16, n_layers=2)
+    toy.requires_grad_(False)
     splits = held_out(InterleavedPatterns(seed=0, seq_len=16, vocab_size=32), 32)
     heads = list(itertools.product(range(2), range(4)))
 
