@@ -5,7 +5,8 @@
 
 Forward and backward of the same losses on the same tokens, all in one process, every form's steps
 interleaved with the others'. Last line: time of the flat SAE of as many latents over that of the
-kernel that `auto` picks.
+kernel that `auto` picks. Beside it, the kernels at the size of the recorded study, 16 parents of
+which one is on.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def main() -> None:
     assert max(errors.values()) < (1e-5 if device.type == "cpu" else 1e-2), errors
 
     parts(x, device)
+    few_parents(device, words.steps)
     trainer(x, words.steps)
     auto = "hybrid" if device.type == "cuda" else "sampled"
     for kernel in dict.fromkeys((auto, "hybrid")):
@@ -147,6 +149,21 @@ def parts(x: torch.Tensor, device: torch.device) -> None:
         f"{share['encode'] - share['encoder']:.0%}, decoding "
         f"{share['forward'] - share['encode']:.0%}, backward {1 - share['forward']:.0%}"
     )
+
+
+def few_parents(device: torch.device, n: int) -> None:
+    """The kernels where many tokens share a parent: 16 parents x 8 children, one parent on."""
+    x = torch.randn(1024, D, generator=torch.Generator().manual_seed(0)).to(device)
+    steps = {
+        kernel: hierarchical(
+            HierarchicalSAE(seed=0, d_model=D, m=16, c=8, s=32, k=1, kernel=kernel).to(device), x
+        )
+        for kernel in (*KERNELS, "grouped")
+    }
+    times = timed(steps, device, n, {})
+    each = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in times.items())
+    print(f"16 parents, 1,024 tokens: {each}")
+    print(f"16 parents: sampled / grouped: {times['sampled'] / times['grouped']:.2f}")
 
 
 class Memory:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from allostasis import __version__
 from allostasis.core import help as texts
+from allostasis.core import memory
 from allostasis.core.config import conf_dir, register
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ def _hydra(flags: list[str], overrides: list[str]) -> int:
     from allostasis.core.validate import refusal
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    memory.keep_freed()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # has Hydra raise its errors, not print them
     warnings.filterwarnings("error", message=r"Callback Supervisor\.")  # no check, no run
     register()

@@ -21,7 +21,7 @@ SHAPES = [
     (1, 2, 2, 1),
     (32, 5, 12, 4),
 ]
-KERNELS: list[Kernel] = ["naive", "hybrid", "sampled", "dense_masked"]
+KERNELS: list[Kernel] = ["naive", "hybrid", "sampled", "grouped", "dense_masked"]
 D = 12
 
 

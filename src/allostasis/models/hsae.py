@@ -14,7 +14,9 @@ from allostasis.core.seeding import derive
 from allostasis.models import hsae_kernels as kernels
 from allostasis.models.hsae_kernels import Selected, Weights
 
-KernelChoice = Literal["auto", "naive", "hybrid", "sampled", "dense_masked"]
+KernelChoice = Literal["auto", "naive", "hybrid", "sampled", "grouped", "dense_masked"]
+GROUPED_FROM = 16
+"""Places of a batch per parent from which `auto` puts a parent's tokens together, on a CPU."""
 MAX_FLAT = 2**30
 """Most entries of a flat decoder."""
 
@@ -112,7 +114,8 @@ class HierarchicalSAE(nn.Module):
         s: Width of a parent's subspace; from min(c, d_model) on it constrains no rank.
         k: Active parents of a token.
         k_child: Active children of an active parent.
-        kernel: How it is computed; `auto` is `hybrid` on a GPU and `sampled` elsewhere.
+        kernel: How it is computed; `auto` is `hybrid` on a GPU; elsewhere `grouped` where a parent
+            is active in 16 tokens of a batch on average, and `sampled` where in fewer.
 
     Raises:
         ValueError: More active parents or children than there are.
@@ -174,17 +177,19 @@ class HierarchicalSAE(nn.Module):
         """The tensors that kernels read."""
         return Weights(*(getattr(self, name) for name in Weights._fields))
 
-    def _kernel(self) -> kernels.Kernel:
+    def _kernel(self, n_tokens: int) -> kernels.Kernel:
         if self.kernel != "auto":
             return self.kernel
-        return "hybrid" if self.D.is_cuda else "sampled"
+        if self.D.is_cuda:
+            return "hybrid"
+        return "grouped" if n_tokens * self.k >= GROUPED_FROM * self.m else "sampled"
 
     # ------------------------------------------------------------------ forward
 
     def run(self, x: Float[Tensor, "token d"]) -> Pass:
         """A forward pass with everything that losses ask for."""
         x0, w = self.scale * x - self.b, self.weights
-        kernel = self._kernel()
+        kernel = self._kernel(len(x))
         found = kernels.encode(x0, w, k=self.k, k_child=self.k_child, kernel=kernel)
         of_parents, of_children = kernels.decode(found, w, kernel=kernel)
         return Pass(x0, found, of_parents, of_children)
@@ -196,7 +201,7 @@ class HierarchicalSAE(nn.Module):
             self.weights,
             k=self.k,
             k_child=self.k_child,
-            kernel=self._kernel(),
+            kernel=self._kernel(len(x)),
         )
         return self.codes(found)
 
@@ -207,7 +212,7 @@ class HierarchicalSAE(nn.Module):
     def _decoded(self, codes: Codes) -> tuple[Tensor, Tensor]:
         none = codes.z.new_zeros(len(codes.z), self.m)
         found = Selected(codes.parent, codes.z, codes.child, codes.v, none, none)
-        return kernels.decode(found, self.weights, kernel=self._kernel())
+        return kernels.decode(found, self.weights, kernel=self._kernel(len(codes.z)))
 
     def decode(self, codes: Codes) -> Float[Tensor, "token d"]:
         """The activations that codes stand for."""

@@ -1,9 +1,10 @@
-"""Forward passes of a hierarchical SAE: one function of the weights, computed in four ways.
+"""Forward passes of a hierarchical SAE: one function of the weights, computed in five ways.
 
 `naive` gathers every active parent's matrices, token by token, and is the reference. `dense_masked`
 computes all children and keeps a few. `hybrid` computes all projections in one matrix product and
-the rest sparsely; `sampled` also computes the projections only where they are read. A parent's own
-pre-activation is a matrix product in all: without it nobody knows which parents are active.
+the rest sparsely; `sampled` also computes the projections only where they are read. `grouped` puts
+the tokens of each parent together, for dictionaries of few parents. A parent's own pre-activation
+is a matrix product in all: without it nobody knows which parents are active.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Kernel = Literal["naive", "hybrid", "sampled", "dense_masked"]
+from allostasis.models.hsae_grouped import Groups
+
+Kernel = Literal["naive", "hybrid", "sampled", "grouped", "dense_masked"]
 
 
 class Weights(NamedTuple):
@@ -257,13 +260,19 @@ def encode(
         kernel: How it is computed.
     """
     m, s, _ = w.Pi_down.shape
-    if kernel in ("naive", "dense_masked"):
+    if kernel in ("naive", "grouped", "dense_masked"):
         hidden = F.linear(x0, w.E, w.b_E).to(x0.dtype)
         parent = top_k(hidden, k)
         z = hidden.gather(1, parent).relu()
         if kernel == "naive":
             low = torch.einsum("td,tksd->tks", x0, w.Pi_down[parent])
             scores = torch.einsum("tks,tkcs->tkc", low, w.Ec[parent]) + w.bc[parent]
+        elif kernel == "grouped":
+            groups = Groups(parent, m)
+            each = x0[:, None].expand(-1, k, -1)
+            low = groups.matmul(groups.arrange(each), w.Pi_down.mT)
+            scores = groups.restore(groups.matmul(low, w.Ec.mT))
+            scores = scores + take(w.bc, Lookup(parent, m))
         else:
             low = F.linear(x0, w.Pi_down.flatten(0, 1)).to(x0.dtype).view(len(x0), m, s)
             every = torch.einsum("tms,mcs->tmc", low, w.Ec) + w.bc
@@ -299,12 +308,18 @@ def decode(
         low = (v[..., None] * chosen).sum(dim=2)
         of_children = torch.einsum("tks,tksd->td", low, w.Pi_up[parent])
         return torch.einsum("tk,tkd->td", z, w.D[parent]), of_children
+    if kernel == "grouped":
+        of_parents = torch.zeros_like(found.hidden).scatter(1, parent, z) @ w.D
+        groups = Groups(parent, m)
+        of = v.new_zeros(*parent.shape, c).scatter(2, child, v)
+        low = groups.matmul(groups.arrange(of), w.Dc)
+        return of_parents, groups.restore(groups.matmul(low, w.Pi_up)).sum(dim=1)
     if kernel == "dense_masked":
-        wide = torch.zeros_like(found.hidden).scatter(1, parent, z)
+        of_parents = torch.zeros_like(found.hidden).scatter(1, parent, z) @ w.D
         latent = (parent[..., None] * c + child).flatten(1)
         of = v.new_zeros(len(z), m * c).scatter(1, latent, v.flatten(1)).view(-1, m, c)
         low = torch.einsum("tmc,mcs->tms", of, w.Dc).flatten(1)
-        return wide @ w.D, low @ w.Pi_up.flatten(0, 1)
+        return of_parents, low @ w.Pi_up.flatten(0, 1)
     rows = Lookup(parent, m)
     latents = Lookup((parent[..., None] * c + child).flatten(1), m * c)
     chosen = take(w.Dc.flatten(0, 1), latents).view(*child.shape, s)

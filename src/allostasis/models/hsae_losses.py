@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn import functional
 
 from allostasis.models.hsae import HierarchicalSAE, Pass
 from allostasis.models.hsae_kernels import Lookup, dot, mix, take
@@ -97,9 +98,9 @@ def losses(
         sigma: Covariance of the unembedding, for `causal_ortho`; None is the identity.
         rows: Parents that the losses on the dictionary look at in this update; None is all.
     """
-    found: dict[str, Tensor] = {"mse": run.residual.square().sum(dim=-1).mean()}
+    found: dict[str, Tensor] = {"mse": _missed(run.of_parents + run.of_children, run.x0)}
     if "parents" in names:
-        found["parents"] = (run.x0 - run.of_parents).square().sum(dim=-1).mean()
+        found["parents"] = _missed(run.of_parents, run.x0)
     if "aux" in names:
         found["aux"] = auxiliary(sae, run, dead)
     if "l1" in names:
@@ -111,6 +112,11 @@ def losses(
         few = chosen if rows is None else rows[:CAUSAL_ROWS]
         found["causal_ortho"] = causal(sae.D[few], sae.Pi_up[few], sae.Dc[few], sigma)
     return found
+
+
+def _missed(rebuilt: Float[Tensor, "token d"], x0: Float[Tensor, "token d"]) -> Tensor:
+    """Squared error, summed over d and averaged over tokens."""
+    return functional.mse_loss(rebuilt, x0, reduction="sum") / len(x0)
 
 
 def ortho(D: Float[Tensor, "row d"]) -> Float[Tensor, ""]:
