@@ -12,7 +12,8 @@ import pytest
 
 from allostasis.analysis import ov_figures
 from allostasis.analysis.aggregate import Arm
-from allostasis.analysis.curves import RunView
+from allostasis.analysis.canvas import rendered
+from allostasis.analysis.curves import RunView, UndefinedError
 from allostasis.core.records import UNITS_SCHEMA, RunRecord, write_table
 from allostasis.experiments.heads.ov import HeadsOV
 from allostasis.experiments.heads.vocabulary import Vocabulary
@@ -138,3 +139,32 @@ def test_tokens_of_the_page_are_escaped_and_silent_heads_say_so(tmp_path: Path) 
     assert "\\x0b" in html
     assert 'class="silent"' in html
     assert "no measurable direct effect" in html
+
+
+def test_the_picture_shows_the_strongest_heads_with_what_they_write(tmp_path: Path) -> None:
+    arm = _arm(tmp_path, ["$a_b$", "漢", "ق", " x"])
+    deltas = {"write:0.0": 1.0, "write:3.1": -5.0, "write:2.0": 0.5, "write:9.9": 3.0}
+    noise = np.tile([-0.1, 0.1], 10)
+    examples = [
+        {"example": n, "group": f"g{n}", "split": split, "intervention": key,
+         "delta": (mean if split == "test" else 50.0) + noise[n]}
+        for split in ("train", "test")
+        for key, mean in deltas.items()
+        for n in range(20)
+    ]  # fmt: skip
+    pd.DataFrame(examples).to_parquet(tmp_path / "examples.parquet")
+    drawn = ov_figures.draw([arm])
+    bars, words = drawn.axes
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["3.1", "9.9", "0.0", "2.0"]
+    widths = [patch.get_width() for patch in bars.patches]
+    assert widths == pytest.approx([-5.0, 3.0, 1.0, 0.5])
+    own = [text for text in words.texts if text.get_position()[1] == 2]
+    assert [text.get_text() for text in own] == [
+        f"{mark} $a_b$ \\u6f22 \\u0642 ·x" for mark in "▲▼"
+    ], "as they are, on one line from left to right"
+    rendered(drawn)  # a missing glyph would be a warning, which fails
+
+
+def test_the_picture_needs_a_write_report() -> None:
+    with pytest.raises(UndefinedError, match="write report"):
+        ov_figures.draw([])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,7 @@ from markupsafe import Markup
 
 from allostasis.analysis import impact, ov_tokens
 from allostasis.analysis.aggregate import Arm
+from allostasis.analysis.canvas import BLUE, INK, RED, style
 from allostasis.analysis.curves import RunView, UndefinedError
 from allostasis.analysis.estimands import generator
 from allostasis.analysis.heatmap import HeadMap
@@ -20,9 +23,15 @@ from allostasis.analysis.lab_tables import runs
 from allostasis.analysis.tables import Table
 from allostasis.analysis.text import number
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
 SILENT = 3.0  # signal-to-noise ratio below which a head has no measurable direct effect
 LISTED = 10  # tokens of each end on the page
 SHOWN = 8
+DRAWN = 6  # heads of a corpus in the picture
+RIGHT_TO_LEFT = {"R", "AL", "AN"}
+WRITTEN = 5  # tokens of each end beside them
 MARKS = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\u00a0": "␣"})
 COLUMNS = {
     "circuit": ("copying_score", "eigenvalue_positivity", "ov_positivity", "spectral_norm"),
@@ -151,25 +160,109 @@ def _tokens(rows: pd.DataFrame) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Effect:
+    """A head's mean direct effect on the test split, in logits, with its 95 % interval."""
+
+    layer: int
+    head: int
+    mean: float
+    low: float
+    high: float
+
+
+def strongest(run: RunView, n: int = SHOWN) -> list[Effect]:
+    """Heads of the largest direct effects, towards the answer or against it.
+
+    Raises:
+        UndefinedError: The run recorded none.
+    """
+    seen = _table(run, "examples")
+    seen = seen[seen["split"] == "test"]
+    wide = seen.pivot(index="intervention", columns="example", values="delta")
+    groups = seen.drop_duplicates("example").set_index("example")["group"]
+    values = wide.to_numpy(float)
+    low, high = impact.intervals(impact.clustered(values, groups[wide.columns].tolist()))
+    means = values.mean(axis=1)
+    found = []
+    for index in np.argsort(-np.abs(means), kind="stable")[:n]:
+        layer, head = map(int, str(wide.index[index]).removeprefix("write:").split("."))
+        found.append(Effect(layer, head, *(float(v[index]) for v in (means, low, high))))
+    return found
+
+
+def draw(arms: Sequence[Arm]) -> Canvas:
+    """Each corpus's strongest heads: their direct effects, and the tokens that they write.
+
+    Raises:
+        UndefinedError: No run has a write report.
+    """
+    first: dict[str, RunView] = {}
+    for condition, run in runs(arms):
+        if "snr" in numbers(run, "write"):
+            first.setdefault(condition, run)
+    if not first:
+        raise UndefinedError("no run has the write report")
+    with style() as plt:
+        canvas, panels = plt.subplots(
+            len(first), 2, figsize=(11, 0.5 + 1.9 * len(first)), squeeze=False,
+            width_ratios=(1, 2.4),
+        )  # fmt: skip
+        for (condition, run), (axis, words) in zip(first.items(), panels, strict=True):
+            effects = strongest(run, DRAWN)
+            places = np.arange(len(effects))
+            means = np.array([effect.mean for effect in effects])
+            ends = np.array([[effect.low, effect.high] for effect in effects]).T
+            colours = [RED if mean > 0 else BLUE for mean in means]
+            axis.barh(places, means, color=colours, height=0.7)
+            axis.hlines(places, *ends, color=INK, linewidth=1)
+            axis.axvline(0, color=INK, linewidth=0.8)
+            axis.set(title=condition, ylabel="head", ylim=(len(effects) - 0.5, -0.5))
+            axis.set_yticks(places, [f"{effect.layer}.{effect.head}" for effect in effects])
+            axis.grid(visible=False, axis="y")
+            words.set(xlim=(0, 1), ylim=axis.get_ylim())
+            words.axis("off")
+            for place, effect in zip(places, effects, strict=True):
+                for end, at, mark in (("top", 0.0, "▲"), ("bottom", 0.5, "▼")):
+                    said = _words(run, "write", effect.layer, effect.head, end, WRITTEN)
+                    words.text(
+                        at, place, f"{mark} {drawable(said)}", va="center", fontsize=8,
+                        color=INK, parse_math=False, clip_on=True,
+                    )  # fmt: skip
+        panels[-1][0].set_xlabel("direct effect, logit")
+        panels[0][1].set_title("▲ raises most, ▼ lowers most")
+    return canvas
+
+
+def drawable(text: str) -> str:
+    r"""Text with the code of what the typeface has no glyph for, or would turn the line around.
+
+    Example:
+        >>> print(drawable("·the \u2581 ≤ \u6f22 \u0642"))
+        ·the ▁ ≤ \u6f22 \u0642
+    """
+    from matplotlib import font_manager
+
+    face = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    return "".join(
+        c
+        if face.get_char_index(ord(c)) and unicodedata.bidirectional(c) not in RIGHT_TO_LEFT
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
 def effects_table(arms: Sequence[Arm]) -> Table:
     """Heads that write most towards the answer or against it, on test."""
     rows = []
     for condition, run in runs(arms):
-        seen = _table(run, "examples")
-        seen = seen[seen["split"] == "test"]
-        wide = seen.pivot(index="intervention", columns="example", values="delta")
-        groups = seen.drop_duplicates("example").set_index("example")["group"]
-        values = wide.to_numpy(float)
-        low, high = impact.intervals(impact.clustered(values, groups[wide.columns].tolist()))
-        means, snr = values.mean(axis=1), numbers(run, "write").get("snr")
-        for index in np.argsort(-np.abs(means), kind="stable")[:SHOWN]:
-            key = str(wide.index[index])
-            layer, head = map(int, key.removeprefix("write:").split("."))
+        snr = numbers(run, "write").get("snr")
+        for effect in strongest(run):
+            layer, head = effect.layer, effect.head
             ratio = "" if snr is None else number(float(snr.loc[(layer, head)]))
             rows.append((
                 condition, str(run.seed), f"{layer}.{head}",
-                f"{number(float(means[index]))} "
-                f"[{number(float(low[index]))}, {number(float(high[index]))}]",
+                f"{number(effect.mean)} [{number(effect.low)}, {number(effect.high)}]",
                 ratio, _words(run, "write", layer, head, "top"),
                 _words(run, "write", layer, head, "bottom"),
             ))  # fmt: skip

@@ -36,16 +36,17 @@ WRITE = {
 
 
 def figures(arms: Sequence[Arm]) -> list[Figure]:
-    """The page of tokens with the direct effects as its picture, then the other maps."""
-    title, caption, unit = WRITE["delta"]
+    """What the strongest heads write, with a page of every head's tokens; then the maps."""
     found = [
         Figure(
             "ov",
             "What every head writes",
-            f"Picture: {title.lower()}. {caption} Page: the tokens whose logits each head raises "
-            "and lowers most, first in its weights alone, then on each corpus at the last token; "
-            "pieces of words in italics; · is a space. Grey: no measurable direct effect.",
-            partial(_draw, arms, "write", "delta", unit),
+            "Picture: the heads of the largest direct effects on target less foil, with 95 % "
+            "intervals over groups of prompts, and the tokens that each writes for and against; of "
+            "a corpus's first seed. They are chosen by this number, so that it is too large. Page: "
+            "the tokens of every head, first of its weights alone, then on each corpus at the last "
+            "token; pieces of words in italics; · is a space. Grey: no measurable direct effect.",
+            partial(ov.draw, arms),
             partial(ov.page, arms),
         )
     ]
