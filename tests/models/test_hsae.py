@@ -72,6 +72,33 @@ def test_every_kernel_computes_the_same_values_and_gradients(
             assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [4, 200])  # few tokens a parent, and many
+def test_the_kernel_that_is_chosen_computes_the_same(n: int) -> None:
+    sae, x = drawn((16, 4, 4, 1)), tokens(n)
+    wanted = all_gradients(sae, x, "naive")
+    sae.kernel = "auto"
+    run = sae.run(x)
+    value = run.residual.square().sum() + (run.x0 - run.of_parents).square().sum()
+    assert_close(value, wanted[0], rtol=1e-12, atol=0)
+    assert_close(sae(x), (sae.b + wanted[1] + wanted[2]) / sae.scale, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_products_in_half_precision_change_little(kernel: Kernel) -> None:
+    sae, x = drawn((8, 4, 4, 2)).float(), tokens(64).float()
+    sae.kernel = kernel
+
+    def gradients(*, is_half: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            run = sae.run(x)
+        value = run.residual.float().square().mean()
+        return list(torch.autograd.grad(value, list(sae.parameters())))
+
+    for half, single in zip(gradients(is_half=True), gradients(is_half=False), strict=True):
+        assert half.dtype == torch.float32
+        assert (half - single).norm() <= 0.2 * single.norm()  # a few tokens choose otherwise
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("k_child", [1, 2])
 def test_the_flat_form_is_the_same_function(shape: tuple[int, int, int, int], k_child: int) -> None:
