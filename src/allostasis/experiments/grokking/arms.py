@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,9 +13,7 @@ from allostasis.engines.optimisers import RowOptimiser, Rule
 from allostasis.metrics.weight_norm import weight_norm
 from allostasis.models.modular_step import PLAIN, Objective, Parameters
 from allostasis.models.modular_transformer import ModularTransformer
-
-if TYPE_CHECKING:
-    from allostasis.experiments.grokking.module import Grokking
+from allostasis.tasks.modular_pairs import Pairs
 
 REFERENCE = "high_wd"
 """The arm whose norm at t_grok is the unit of `norm_clamp`."""
@@ -42,57 +40,26 @@ def norm_at_grok(record: RunRecord) -> float:
     return float(weight_norm(load_file(path).values()))
 
 
-def prove(module: Grokking) -> dict[str, float]:
-    """See `Grokking.prove_effect`."""
-    own = Setting(module.rule, module.objective, module.weight_decay, module.norm)
-    plain = Rule(betas=module.rule.betas, warmup_steps=module.rule.warmup_steps)
-    twins = {
-        "weight_decay_change": Setting(module.rule, module.objective, 0.0, module.norm),
-        "treatment_change": Setting(plain, PLAIN, module.weight_decay, None),
-    }
-    ends, norm = own.after(module, module.model)
-    if norm <= 1e-8:
-        raise RuntimeError(f"the loss has a gradient of norm {norm:.1e} at step 0; it cannot train")
-    found = {"gradient_norm": norm}
-    for name, twin in twins.items():
-        model = copy.deepcopy(module.model)
-        if name == "treatment_change":
-            model.sphere = model.uniform_attention = False
-        other, _ = twin.after(module, model)
-        found[name] = max(float((a - b).abs().max()) for a, b in zip(ends, other, strict=True))
-    if module.weight_decay and found["weight_decay_change"] <= 0:
-        raise RuntimeError(f"weight_decay={module.weight_decay} changes no parameter; it is inert")
-    is_treated = (
-        module.rule != plain
-        or module.objective != PLAIN
-        or module.norm is not None
-        or not module.model.is_plain
-    )
-    if is_treated and found["treatment_change"] <= 0:
-        raise RuntimeError("the arm's updates are those of plain AdamW; its treatment is inert")
-    return found
-
-
+@dataclass(frozen=True)
 class Setting:
-    """One way to train: the rule, what a pair costs, the decay, and the norm that is held."""
+    """One way to train: the rule, what a pair costs, rate, decay, and the norm that is held."""
 
-    def __init__(
-        self, rule: Rule, objective: Objective, weight_decay: float, norm: float | None
-    ) -> None:
-        self.rule, self.objective = rule, objective
-        self.weight_decay, self.norm = weight_decay, norm
+    rule: Rule
+    objective: Objective
+    lr: float
+    weight_decay: float
+    norm: float | None
 
-    def after(self, module: Grokking, model: ModularTransformer) -> tuple[list[Tensor], float]:
+    def after(self, model: ModularTransformer, train: Pairs) -> tuple[list[Tensor], float]:
         """Parameters of a copy of a model after some updates, and the first gradient's norm."""
         twin, first = copy.deepcopy(model), 0.0
         optimiser = RowOptimiser(
             [getattr(twin, name) for name in Parameters._fields],
             self.rule,
-            lr=module.lr,
+            lr=self.lr,
             weight_decay=self.weight_decay,
             norm=self.norm,
         )
-        train = module.task.train.to(module.device)
         for step in range(PROVEN_OVER):
             optimiser.zero_grad()
             twin.loss(train, objective=self.objective).backward()
@@ -100,3 +67,30 @@ class Setting:
                 first = float(weight_norm(p.grad for p in twin.parameters() if p.grad is not None))
             optimiser.step()
         return [parameter.detach() for parameter in twin.parameters()], first
+
+
+def prove(own: Setting, model: ModularTransformer, train: Pairs) -> dict[str, float]:
+    """See `Grokking.prove_effect`."""
+    plain = Rule(betas=own.rule.betas, warmup_steps=own.rule.warmup_steps)
+    twins = {
+        "weight_decay_change": replace(own, weight_decay=0.0),
+        "treatment_change": replace(own, rule=plain, objective=PLAIN, norm=None),
+    }
+    ends, norm = own.after(model, train)
+    if norm <= 1e-8:
+        raise RuntimeError(f"the loss has a gradient of norm {norm:.1e} at step 0; it cannot train")
+    found = {"gradient_norm": norm}
+    for name, twin in twins.items():
+        untreated = copy.deepcopy(model)
+        if name == "treatment_change":
+            untreated.sphere = untreated.uniform_attention = False
+        other, _ = twin.after(untreated, train)
+        found[name] = max(float((a - b).abs().max()) for a, b in zip(ends, other, strict=True))
+    if own.weight_decay and found["weight_decay_change"] <= 0:
+        raise RuntimeError(f"weight_decay={own.weight_decay} changes no parameter; it is inert")
+    is_treated = (
+        own.rule != plain or own.objective != PLAIN or own.norm is not None or not model.is_plain
+    )
+    if is_treated and found["treatment_change"] <= 0:
+        raise RuntimeError("the arm's updates are those of plain AdamW; its treatment is inert")
+    return found

@@ -270,7 +270,8 @@ class Grokking(L.LightningModule):
         Raises:
             RuntimeError: The loss has no gradient, or the treatment or the decay changes nothing.
         """
-        return arms.prove(self)
+        own = arms.Setting(self.rule, self.objective, self.lr, self.weight_decay, self.norm)
+        return arms.prove(own, self.model, self.task.train.to(self.device))
 
     # ------------------------------------------------------------------ what recorders see
 
