@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SEARCHED = {"suppressors_toy": "toy transformer", "suppressors_lm": "language model"}
 VALUES = ("resample", "mean", "zero")
 LEAST_BOX = 5
+LABELLED = 10  # layers at most that an axis names
 TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 50)
 
 
@@ -41,22 +42,43 @@ def _name(run: RunView) -> str:
     return SEARCHED.get(run.condition, run.condition)
 
 
-def _scan(run: RunView) -> tuple[str, dict[str, Any]]:
-    """The first ablation of a run, and what it found."""
+def _scans(run: RunView) -> dict[str, dict[str, Any]]:
+    """What each ablation of a run found."""
     scans = run.run.get("suppressors") or {}
-    value = next((v for v in VALUES if v in scans), None)
-    if value is None:
+    found = {value: scans[value] for value in VALUES if value in scans}
+    if not found:
         raise UndefinedError("the run looked for no suppressors")
-    return value, scans[value]
+    return found
+
+
+def _panels(
+    plt: Any, runs: Sequence[RunView], ylabel: str
+) -> tuple[Canvas, list[tuple[Axes, RunView, str]]]:
+    """A panel for each run, in rows, and each of its ablations, in columns."""
+    scans = [_scans(run) for run in runs]
+    width = max(map(len, scans))
+    figure, axes = plt.subplots(
+        len(runs), width, figsize=(max(5.6, 3.6 * width + 0.8), 3.6 * len(runs)), squeeze=False,
+        sharey="row",
+    )  # fmt: skip
+    panels = []
+    for row, run, values in zip(axes, runs, scans, strict=True):
+        row[0].set_ylabel(ylabel)
+        for axis, value in zip(row, values, strict=False):
+            axis.set_title(f"{_name(run)}, {value}")
+            panels.append((axis, run, value))
+        for axis in row[len(values) :]:
+            axis.axis("off")
+    return figure, panels
 
 
 def effects(arms: Sequence[Arm]) -> Canvas:
     """Effect of each head, sorted, with what passes."""
     runs = _first(arms, *SEARCHED)
     with style() as plt:
-        figure, axes = plt.subplots(1, len(runs), figsize=(4.6 * len(runs) + 1, 3.6), squeeze=False)
-        for axis, run in zip(axes[0], runs, strict=True):
-            value, scan = _scan(run)
+        figure, panels = _panels(plt, runs, "loss clean - loss ablated,\nnat a token")
+        for axis, run, value in panels:
+            scan = _scans(run)[value]
             rows = run.interventions("ablation_effect", split="select")
             rows = rows[rows["intervention"].str.startswith(f"{value}:")].sort_values("value")
             q = run.interventions("ablation_effect.q", split="select")
@@ -75,11 +97,9 @@ def effects(arms: Sequence[Arm]) -> Canvas:
             passing = middle[(q <= run.record.config["module"]["q"]) & (middle > 0)]
             if len(passing):
                 axis.axhline(passing.min(), color=RED, ls=":", lw=1.2, label="passes the rate")
-            axis.set_title(f"{_name(run)}, {value}")
             axis.set(xlabel=f"{len(rows)} heads, by effect")
             axis.locator_params(axis="x", integer=True)
             axis.legend(loc="lower right")
-        axes[0, 0].set_ylabel("loss clean - loss ablated,\nnat a token")
     return figure
 
 
@@ -92,9 +112,9 @@ def variances(arms: Sequence[Arm]) -> Canvas:
     """Variance of heads' writes by layer, suppressors apart."""
     runs = _first(arms, *SEARCHED)
     with style() as plt:
-        figure, axes = plt.subplots(1, len(runs), figsize=(4.6 * len(runs) + 1, 3.6), squeeze=False)
-        for axis, run in zip(axes[0], runs, strict=True):
-            value, scan = _scan(run)
+        figure, panels = _panels(plt, runs, "variance of a head's write, resid$^2$")
+        for axis, run, value in panels:
+            scan = _scans(run)[value]
             rows = run.table("head_write_variance", split="measure")
             rows = rows[rows["step"] == rows["step"].max()]
             chosen = _heads(rows).isin(scan["selected"])
@@ -102,17 +122,14 @@ def variances(arms: Sequence[Arm]) -> Canvas:
             for mask, colour, shift in ((~chosen, BLUE, -0.18), (chosen, RED, 0.18)):
                 for place, layer in enumerate(layers):
                     _box(axis, place + shift, rows[mask & (rows["layer"] == layer)], colour)
-            axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-            axis.set(
-                yscale="log", xlabel="layer", title=f"{_name(run)}, {value}",
-                xlim=(-0.6, len(layers) - 0.4),
-            )  # fmt: skip
+            every = -(-len(layers) // LABELLED)
+            axis.set_xticks(range(0, len(layers), every), map(str, layers[::every]))
+            axis.set(yscale="log", xlabel="layer", xlim=(-0.6, len(layers) - 0.4))
             handles = [
                 plt.Line2D([], [], ls="", marker="o", color=colour, label=label)
                 for colour, label in ((BLUE, "clean"), (RED, f"suppressor ({chosen.sum()})"))
             ]
             axis.legend(handles=handles)
-        axes[0, 0].set_ylabel("variance of a head's write, resid$^2$")
     return figure
 
 
@@ -208,7 +225,7 @@ def plants(arms: Sequence[Arm]) -> Canvas:
 def divergence(arms: Sequence[Arm]) -> Canvas:
     """Variance of each head's write over training."""
     (run,) = _first(arms, "suppressors_toy")
-    _, scan = _scan(run)
+    scan = next(iter(_scans(run).values()))
     rows = run.table("head_write_variance.trained", split="measure")
     if rows.empty:
         raise UndefinedError("head_write_variance.trained was not recorded")

@@ -30,9 +30,9 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
         Figure(
             "effects",
             "Effect of ablating each head alone",
-            "First seed, resample ablation where it was done. Loss clean less loss ablated on the "
+            "First seed, each ablation. Loss clean less loss ablated on the "
             "split that heads are selected on; above 0 the model is better without the head. Bars: "
-            "95 % over sequences. Filled: passes the false discovery rate and the least effect. "
+            "95 % over sequences. Red: passes the false discovery rate and the least effect. "
             "Dashed: the least effect. Dotted: the smallest effect that passes the rate, where "
             "any does.",
             partial(draw.effects, arms),
