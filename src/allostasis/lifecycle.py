@@ -7,6 +7,7 @@ import importlib
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,17 @@ Make = Callable[[DictConfig, Path], Any]
 """Does a run of a config in a folder."""
 
 
-def locked(folder: Path) -> FileLock:
-    """The lock of a run's folder, held.
+def locked(folder: Path) -> AbstractContextManager[Any]:
+    """The lock of a run's folder, held until its block of `with` ends.
 
     Raises:
         BusyError: Another process holds it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
-        lock.acquire(timeout=0)
+        return FileLock(folder.parent / f".{folder.name}.lock").acquire(timeout=0)
     except Timeout:
         raise locate.BusyError(f"{folder}: another process is at work on this run") from None
-    return lock
 
 
 def open_run(cfg: DictConfig, folder: Path, file: RunFile, command: str | None) -> Identity:
