@@ -3,14 +3,13 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-MAX_SECONDS = 60
+HANGS = 300  # seconds of one cell
 MAX_BYTES = 1_000_000
 
 
@@ -49,13 +48,11 @@ def test_a_notebook_gives_what_it_shows(path: Path, tmp_path: Path) -> None:
 
     notebook = nbformat.read(path, as_version=4)
     committed = texts(notebook)
-    started = time.monotonic()
     # sockets of the file system: another user of this machine could listen to TCP
     ipc = Config(KernelManager={"transport": "ipc", "ip": str(tmp_path / "kernel")})
     where = {"metadata": {"path": path.parent}}
-    NotebookClient(notebook, config=ipc, timeout=MAX_SECONDS, resources=where).execute()
+    NotebookClient(notebook, config=ipc, timeout=HANGS, resources=where).execute()
     assert texts(notebook) == committed
-    assert time.monotonic() - started < MAX_SECONDS
 
 
 def test_notebooks_hold_outputs_and_nothing_of_the_session_that_made_them() -> None:
