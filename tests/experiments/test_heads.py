@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from allostasis.analysis import lattice
-from allostasis.callbacks.progress import Ticker
 from allostasis.callbacks.recorder import Identity
 from allostasis.callbacks.tables import Tables
 from allostasis.core.interrupt import Interrupted
+from allostasis.core.progress import Ticker
 from allostasis.experiments.heads.lab import Engine, Verify
 from allostasis.experiments.heads.pairs import HeadsPairs
 from allostasis.experiments.heads.zero import HeadsZero

@@ -315,7 +315,10 @@ def test_documents_come_from_text_parquet_and_folders_in_their_order(tmp_path: P
 
 
 def test_the_command_harvests_and_says_where_or_why_not(
-    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    texts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from allostasis.models.tiny import tiny_checkpoint
     from allostasis.tasks.activations import main
@@ -326,6 +329,7 @@ def test_the_command_harvests_and_says_where_or_why_not(
              "--device", "cpu", "--out", str(out), "--tokens"]  # fmt: skip
     assert main([*words, "300"]) == 0
     assert "300 rows of 32 numbers" in capsys.readouterr().out
+    assert "activations | 300 of 300 rows | done" in caplog.messages
     assert main([*words, "500"]) == 1
     assert "holds the activations of another model, corpus or plan" in capsys.readouterr().err
     words[words.index(str(out))] = str(tmp_path / "other")

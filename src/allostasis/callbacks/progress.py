@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from allostasis.callbacks.recorder import Identity, Recorder
+from allostasis.core.progress import duration, spaced
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Progress(Callback):
         self._began = self._said = time.monotonic()
         self._from = pl_module.updates
         if self._from:
-            log.info("%s | resumed at step %s", self.name, _spaced(self._from))
+            log.info("%s | resumed at step %s", self.name, spaced(self._from))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, *_: object, **__: object
@@ -64,42 +65,6 @@ class Progress(Callback):
             for label, metric, split, form in SHOWN
             if (metric, split) in latest
         ]
-        left = (
-            "done" if pl_module.is_finished else f"at most {_duration(pace * (last - done))} left"
-        )
-        where = f"step {_spaced(done)} of {_spaced(last)}"
+        left = "done" if pl_module.is_finished else f"at most {duration(pace * (last - done))} left"
+        where = f"step {spaced(done)} of {spaced(last)}"
         return " | ".join([self.name, where, *readings, left])
-
-
-class Ticker:
-    """Logs one line every `interval` seconds: how many of a known number of things are done.
-
-    Args:
-        name: Names the run.
-        noun: What is counted, in the plural.
-        interval: Seconds between lines.
-    """
-
-    def __init__(self, name: str, *, noun: str, interval: float = 10.0) -> None:
-        self.name, self.noun, self.interval = name, noun, interval
-        self._began = self._said = time.monotonic()
-
-    def __call__(self, done: int, planned: int) -> None:
-        """Say a line if one is due, or all is done."""
-        now = time.monotonic()
-        if now - self._said < self.interval and done < planned:
-            return
-        self._said = now
-        left = (now - self._began) / max(1, done) * (planned - done)
-        end = "done" if done == planned else f"about {_duration(left)} left"
-        log.info("%s | %s of %s %s | %s", self.name, done, planned, self.noun, end)
-
-
-def _spaced(number: int) -> str:
-    return f"{number:,}".replace(",", " ")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

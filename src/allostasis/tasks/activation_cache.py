@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from allostasis.core.progress import Ticker
 from allostasis.core.records import write_atomically, write_json
 from allostasis.tasks.corpora import SPLITS, split_of
 from allostasis.tasks.harvest import Window, harvest, windows_of
@@ -225,10 +226,11 @@ def build(
     log.info(
         "activations: %s rows of %s numbers; %s rows are there", f"{plan.n_rows:,}", d, f"{got:,}"
     )
-    pending = _Pending(plan)
+    pending, tick, before = _Pending(plan), Ticker("activations", noun="rows"), got
     for group in _groups(model, documents, plan, begin["document"]):
         skip = begin["skip"] if group.document == begin["document"] else 0
         pending.add(group, skip, *_rows_of(model, group.windows, plan, skip))
+        tick(min(got + pending.n_rows, plan.n_rows) - before, plan.n_rows - before)
         while pending.n_rows and (
             pending.n_rows >= plan.rows_per_shard or got + pending.n_rows >= plan.n_rows
         ):

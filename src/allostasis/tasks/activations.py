@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -337,6 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     command.add_argument("--out", type=Path, help="folder; default: in the cache folder")
     words = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("allostasis").setLevel(logging.INFO)
     from allostasis.models.lens import pretrained
 
     name = "HuggingFaceTB/SmolLM2-135M-Instruct" if words.model == "smollm2" else words.model

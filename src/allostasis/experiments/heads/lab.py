@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from annotated_types import Ge, Gt
 
-from allostasis.callbacks.progress import Ticker
 from allostasis.callbacks.recorder import describe
+from allostasis.core.progress import Ticker
 from allostasis.core.seeding import derive
 from allostasis.engines.budget import Budget
 from allostasis.engines.packs import can_share

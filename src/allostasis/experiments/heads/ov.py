@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt
 from jaxtyping import Int
 
 from allostasis.analysis import ov_tokens
-from allostasis.callbacks.progress import Ticker
+from allostasis.core.progress import Ticker
 from allostasis.engines import ov
 from allostasis.engines.ov import Ends, HeadCircuit, HeadWrite
 from allostasis.engines.suffix import sweep

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.effects import one_sample_effect
-from allostasis.callbacks.progress import Ticker
+from allostasis.core.progress import Ticker
 from allostasis.core.records import RunRecord
 from allostasis.core.seeding import derive
 from allostasis.experiments.hsae import shifts

@@ -14,8 +14,8 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from allostasis.callbacks.progress import Ticker
 from allostasis.core import wordnet
+from allostasis.core.progress import Ticker
 from allostasis.core.records import write_atomically
 from allostasis.core.seeding import derive
 from allostasis.core.spaces import CausalMetric, Metric, Shrinkage, UnembVec, causal_metric

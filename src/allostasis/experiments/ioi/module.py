@@ -18,7 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from scipy.stats import t as student
 
 from allostasis.analysis.repair import select_name_movers
-from allostasis.callbacks.progress import Ticker
+from allostasis.core.progress import Ticker
 from allostasis.core.seeding import derive
 from allostasis.engines.parts import Parts
 from allostasis.engines.prompts import Rows

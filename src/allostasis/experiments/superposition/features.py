@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from allostasis.analysis.polysemanticity import within_slope
-from allostasis.callbacks.progress import Ticker
+from allostasis.core.progress import Ticker
 from allostasis.experiments.superposition.collected import Collected
 from allostasis.metrics.feature_capacity import feature_capacity
 from allostasis.metrics.feature_dimensionality import feature_dimensionality

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 
 from allostasis.analysis.suppressors import null_selection_rate, relabelled_coverage
-from allostasis.callbacks.progress import Ticker
+from allostasis.core.progress import Ticker
 from allostasis.core.seeding import derive
 from allostasis.engines.subjects import Head, ToySubject, Value
 from allostasis.experiments.superposition.collected import Collected

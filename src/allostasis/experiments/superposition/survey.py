@@ -17,7 +17,7 @@ from torch import Tensor
 
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.suppressors import Comparison, Detection, Energies, detect, reselected
-from allostasis.callbacks.progress import Ticker
+from allostasis.core.progress import Ticker
 from allostasis.core.records import write_atomically
 from allostasis.core.seeding import derive
 from allostasis.engines.subjects import Filling, Head, Subject, Value, filling

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from allostasis.callbacks.progress import Ticker
+from allostasis.core.progress import Ticker
 from allostasis.core.records import write_atomically
 from allostasis.engines.sequence_training import Schedule, SequenceTraining
 from allostasis.engines.subjects import ToySubject
