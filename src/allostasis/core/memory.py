@@ -7,7 +7,7 @@ import os
 import platform
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-LARGEST = 32 * 2**20  # the most that glibc takes
+LARGEST = 32 * 2**20  # the most that mallopt(3) allows
 KEPT = 512 * 2**20
 
 
@@ -15,8 +15,9 @@ def keep_freed() -> None:
     """Have glibc keep freed memory, and torch ask for large arrays in large pages.
 
     An update frees arrays and asks for others of the same sizes. Given back to the kernel between
-    the two, every page of theirs is faulted in and cleared again, which takes longer than what is
-    computed in it. Up to 512 MB of free memory are kept instead, in arrays of up to 32 MB each.
+    the two, every page of theirs is faulted in and cleared again, which for large arrays can take
+    longer than what is computed in them. Up to 512 MB of free memory are kept instead, in arrays of
+    up to 32 MB each.
 
     Called before torch is imported, which reads its setting once. Does nothing where the C library
     is another one, and leaves a setting that the environment has.

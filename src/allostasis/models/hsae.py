@@ -15,8 +15,9 @@ from allostasis.models import hsae_kernels as kernels
 from allostasis.models.hsae_kernels import Selected, Weights
 
 KernelChoice = Literal["auto", "naive", "hybrid", "sampled", "grouped", "dense_masked"]
-GROUPED_FROM = 16
-"""Places of a batch per parent from which `auto` puts a parent's tokens together, on a CPU."""
+GROUPED_FROM = 64
+"""Places of a batch per parent from which `auto` puts a parent's tokens together, on a CPU: where
+`benchmarks/hsae_step.py` has measured that it pays."""
 MAX_FLAT = 2**30
 """Most entries of a flat decoder."""
 
@@ -115,7 +116,7 @@ class HierarchicalSAE(nn.Module):
         k: Active parents of a token.
         k_child: Active children of an active parent.
         kernel: How it is computed; `auto` is `hybrid` on a GPU; elsewhere `grouped` where a parent
-            is active in 16 tokens of a batch on average, and `sampled` where in fewer.
+            is active in 64 tokens of a batch on average, and `sampled` where in fewer.
 
     Raises:
         ValueError: More active parents or children than there are.

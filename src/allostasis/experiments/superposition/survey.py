@@ -101,20 +101,25 @@ class Survey:
         """Loss clean - loss ablated of each sequence and head."""
         batch, chosen = self.splits[split], self.heads if heads is None else heads
         here, pieces = self.filling(value, split), []
-        say = self._ticker(f"{value} ablation of {len(chosen)} heads", len(batch) * len(chosen))
-        for begin in range(0, len(batch), PIECE):
-            rows = slice(begin, begin + PIECE)
-            keep = None if self.keep is None else self.keep / f"{value}-{split}-{begin}.npy"
-            if keep is not None and heads is None and keep.is_file():
-                pieces.append(np.load(keep))
-                say(pieces[-1].size)
+        keep = self.keep if heads is None else None
+        places = {
+            begin: None if keep is None else keep / f"{value}-{split}-{begin}.npy"
+            for begin in range(0, len(batch), PIECE)
+        }
+        there = {begin for begin, place in places.items() if place is not None and place.is_file()}
+        lacking = sum(len(batch.tokens[b : b + PIECE]) for b in places if b not in there)
+        say = self._ticker(f"{value} ablation of {len(chosen)} heads", lacking * len(chosen))
+        for begin, place in places.items():
+            if place is not None and begin in there:
+                pieces.append(np.load(place))
                 continue
+            rows = slice(begin, begin + PIECE)
             part = batch.part(rows)
             ablated = self._ablated(part, chosen, here.rows(rows), say)
             effect = ablation_effect(self.subject.losses(part), ablated)
             pieces.append(effect.double().cpu().numpy().T)
-            if keep is not None and heads is None:
-                write_atomically(keep, partial(_save, pieces[-1]), is_durable=False)
+            if place is not None:
+                write_atomically(place, partial(_save, pieces[-1]), is_durable=False)
         return np.concatenate(pieces)
 
     def _ablated(
