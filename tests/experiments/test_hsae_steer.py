@@ -413,7 +413,10 @@ def test_steering_reads_the_activations_that_were_trained_on(preset: str) -> Non
     "preset",
     [
         "h100",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("quick", "full", "v2_text")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("quick", "full", "full_cpu", "v2_text")
+        ),
     ],
 )
 def test_each_phase_looks_where_the_command_of_the_one_before_writes(
@@ -452,6 +455,27 @@ def test_each_phase_looks_where_the_command_of_the_one_before_writes(
             assert run_folder(taught) == run_folder(typed("hsae_teacher", teacher))
         for other in train.module.reads:
             assert run_folder(sibling(train, other)) == run_folder(typed("hsae_train", other, rows))
+
+
+def test_full_cpu_is_full_with_a_teacher_that_is_tested_as_in_quick() -> None:
+    from hydra import compose, initialize_config_dir
+
+    from allostasis.core.config import conf_dir, register
+
+    register()
+    arms = {"hsae_teacher": "causal", "hsae_train": "baseline", "hsae_steer": "teacher_init"}
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        for exp, condition in arms.items():
+            found = {
+                preset: compose(
+                    "config", [f"exp={exp}", f"condition={condition}", f"preset={preset}"]
+                )
+                for preset in ("full", "full_cpu", "quick")
+            }
+            like = "quick" if exp == "hsae_teacher" else "full"
+            assert found["full_cpu"].module == found[like].module
+            assert found["full_cpu"].task == found[like].task
+            assert found["full_cpu"].gates
 
 
 def test_settings_of_activations_are_for_the_phases_that_have_them() -> None:

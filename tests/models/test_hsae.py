@@ -191,13 +191,16 @@ def test_projected_gradients_have_no_radial_part() -> None:
         assert_close(radial, torch.zeros_like(radial), rtol=0, atol=1e-10)
 
 
-def test_the_causal_loss_is_zero_where_children_are_orthogonal_to_their_parent() -> None:
+@pytest.mark.parametrize("shape", [(5, 3, 4, 2), (5, 4, 3, 2)])  # c below s, and above
+def test_the_causal_loss_is_zero_where_children_are_orthogonal_to_their_parent(
+    shape: tuple[int, int, int, int],
+) -> None:
     from allostasis.models.hsae_losses import causal
 
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(D, D, generator=generator, dtype=torch.float64)
     sigma = root @ root.T / D + 0.1 * torch.eye(D, dtype=torch.float64)
-    sae = drawn((5, 3, 4, 2))
+    sae = drawn(shape)
     with torch.no_grad():  # Sigma-orthogonal: take the parent's part out of every row of Pi_up
         along = torch.einsum("msd,de,me->ms", sae.Pi_up, sigma, sae.D)
         own = torch.einsum("md,de,me->m", sae.D, sigma, sae.D)
@@ -211,9 +214,16 @@ def test_the_causal_loss_is_zero_where_children_are_orthogonal_to_their_parent()
     assert_close(causal(7.0 * sae.D, moved, 0.1 * sae.Dc, 3.0 * sigma), off)
     euclidean = causal(sae.D, sae.Pi_up, sae.Dc, None)
     assert euclidean > 1e-6, "what is orthogonal under Sigma is not without it"
-    whole = torch.einsum("mcs,msd->mcd", sae.Dc, sae.Pi_up)
-    cosine = torch.nn.functional.cosine_similarity(whole, sae.D[:, None], dim=-1)
-    assert_close(euclidean, cosine.square().mean())
+    root = torch.linalg.cholesky(sigma)
+    for up, metric, found in (
+        (sae.Pi_up, torch.eye(D, dtype=torch.float64), euclidean),
+        (moved, root, off),
+    ):
+        whole = torch.einsum("mcs,msd->mcd", sae.Dc, up)
+        cosine = torch.nn.functional.cosine_similarity(
+            whole @ metric, sae.D[:, None] @ metric, dim=-1
+        )
+        assert_close(found, cosine.square().mean())
 
 
 def test_the_losses_on_the_dictionary_have_their_closed_forms() -> None:

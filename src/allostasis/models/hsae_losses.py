@@ -137,9 +137,16 @@ def causal(
     A child's atom is the difference from its parent already, so that nothing is subtracted. Zero
     where every child is orthogonal to its parent; no scale of either matters.
     """
-    D_sigma, up_sigma = (D, Pi_up) if sigma is None else (D @ sigma, Pi_up @ sigma)
-    inner = torch.einsum("msd,md,mcs->mc", Pi_up, D_sigma, Dc)
-    of_child = torch.einsum("mcs,mst,mct->mc", Dc, up_sigma @ Pi_up.mT, Dc)
+    D_sigma = D if sigma is None else D @ sigma
+    if Dc.shape[1] <= Pi_up.shape[1]:  # whichever rows are fewer meet Sigma
+        atoms = Dc @ Pi_up
+        atoms_sigma = atoms if sigma is None else atoms @ sigma
+        inner = (atoms @ D_sigma[..., None])[..., 0]
+        of_child = (atoms_sigma * atoms).sum(dim=-1)
+    else:
+        up_sigma = Pi_up if sigma is None else Pi_up @ sigma
+        inner = torch.einsum("msd,md,mcs->mc", Pi_up, D_sigma, Dc)
+        of_child = torch.einsum("mcs,mst,mct->mc", Dc, up_sigma @ Pi_up.mT, Dc)
     of_parent = (D_sigma * D).sum(dim=-1, keepdim=True)
     return (inner.square() / (of_child * of_parent)).mean()
 

@@ -174,12 +174,12 @@ class ConceptTable:
 
     @cached_property
     def _by_concept(self) -> dict[int, pd.DataFrame]:
-        groups = self.tokens.groupby("synset", sort=True)
-        return {int(str(synset)): rows for synset, rows in groups}
+        tokens = self.tokens.drop_duplicates(["synset", "token_id"])
+        return {int(str(synset)): rows for synset, rows in tokens.groupby("synset", sort=True)}
 
     def of(self, synset: int, *splits: str) -> pd.DataFrame:
         """A concept's rows, of all splits or of some, one a token."""
-        rows = self._by_concept[synset].drop_duplicates("token_id")
+        rows = self._by_concept[synset]
         return rows[rows["split"].isin(splits)] if splits else rows
 
     def ids(self, synset: int, *splits: str) -> np.ndarray:
