@@ -256,6 +256,30 @@ def test_dead_latents_get_a_gradient_and_living_ones_none() -> None:
     assert auxiliary(sae, sae.run(x), none) == 0
 
 
+@pytest.mark.parametrize("n_parents", [1, 8])  # all that are dead, and more than half of d
+def test_every_kernel_makes_the_same_of_what_is_dead(n_parents: int) -> None:
+    from allostasis.models.hsae_losses import Dead, auxiliary
+
+    sae, x = drawn((16, 3, 4, 2)), tokens(40)
+    used = sae.run(x).found.parent.unique()
+    assert len(used) > 8
+    dead_parents = torch.zeros(16, dtype=torch.bool)
+    dead_parents[used[:n_parents]] = True
+    dead_children = torch.zeros(16, 3, dtype=torch.bool)
+    dead_children[used[n_parents:], :2] = True
+    dead = Dead(dead_parents, dead_children, n_parents, int(dead_children.sum()))
+    found: dict[Kernel, list[torch.Tensor]] = {}
+    for kernel in KERNELS:
+        sae.kernel = kernel
+        value = auxiliary(sae, sae.run(x), dead)
+        grads = torch.autograd.grad(value, list(sae.parameters()))
+        found[kernel] = [value, *grads]
+    assert all(tensor.any() for tensor in found["naive"])
+    for kernel in KERNELS[1:]:
+        for one, other in zip(found[kernel], found["naive"], strict=True):
+            assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def test_planted_directions_become_the_first_atoms() -> None:
     from allostasis.models.hsae import HierarchicalSAE
 

@@ -178,7 +178,8 @@ class HierarchicalSAE(nn.Module):
         """The tensors that kernels read."""
         return Weights(*(getattr(self, name) for name in Weights._fields))
 
-    def _kernel(self, n_tokens: int) -> kernels.Kernel:
+    def kernel_for(self, n_tokens: int) -> kernels.Kernel:
+        """How a batch of so many tokens is computed."""
         if self.kernel != "auto":
             return self.kernel
         if self.D.is_cuda:
@@ -190,7 +191,7 @@ class HierarchicalSAE(nn.Module):
     def run(self, x: Float[Tensor, "token d"]) -> Pass:
         """A forward pass with everything that losses ask for."""
         x0, w = self.scale * x - self.b, self.weights
-        kernel = self._kernel(len(x))
+        kernel = self.kernel_for(len(x))
         found = kernels.encode(x0, w, k=self.k, k_child=self.k_child, kernel=kernel)
         of_parents, of_children = kernels.decode(found, w, kernel=kernel)
         return Pass(x0, found, of_parents, of_children)
@@ -202,7 +203,7 @@ class HierarchicalSAE(nn.Module):
             self.weights,
             k=self.k,
             k_child=self.k_child,
-            kernel=self._kernel(len(x)),
+            kernel=self.kernel_for(len(x)),
         )
         return self.codes(found)
 
@@ -213,7 +214,7 @@ class HierarchicalSAE(nn.Module):
     def _decoded(self, codes: Codes) -> tuple[Tensor, Tensor]:
         none = codes.z.new_zeros(len(codes.z), self.m)
         found = Selected(codes.parent, codes.z, codes.child, codes.v, none, none)
-        return kernels.decode(found, self.weights, kernel=self._kernel(len(codes.z)))
+        return kernels.decode(found, self.weights, kernel=self.kernel_for(len(codes.z)))
 
     def decode(self, codes: Codes) -> Float[Tensor, "token d"]:
         """The activations that codes stand for."""

@@ -301,27 +301,48 @@ def decode(
 
     sum_j z_j D_j and sum_j sum_k v_jk Pi_up_j Dc_jk, both over what is active.
     """
+    parent, z = found.parent, found.z
+    if kernel == "naive":
+        of_parents = torch.einsum("tk,tkd->td", z, w.D[parent])
+    elif kernel in ("grouped", "dense_masked"):
+        of_parents = torch.zeros_like(found.hidden).scatter(1, parent, z) @ w.D
+    else:
+        of_parents = mix(z, w.D, Lookup(parent, len(w.D)))
+    return of_parents, decode_children(parent, found.child, found.v, w, kernel=kernel)
+
+
+def decode_children(
+    parent: Int64[Tensor, "token k"],
+    child: Int64[Tensor, "token k k_child"],
+    v: Float[Tensor, "token k k_child"],
+    w: Weights,
+    *,
+    kernel: Kernel,
+) -> Float[Tensor, "token d"]:
+    """sum_j sum_k v_jk Pi_up_j Dc_jk over given children of given parents.
+
+    Args:
+        parent: Parents of each token.
+        child: Children of each of them.
+        v: Their values, of any sign.
+        w: Weights.
+        kernel: How it is computed.
+    """
     m, c, s = w.Dc.shape
-    parent, z, child, v = found.parent, found.z, found.child, found.v
     if kernel == "naive":
         chosen = w.Dc[parent].gather(2, child[..., None].expand(*child.shape, s))
         low = (v[..., None] * chosen).sum(dim=2)
-        of_children = torch.einsum("tks,tksd->td", low, w.Pi_up[parent])
-        return torch.einsum("tk,tkd->td", z, w.D[parent]), of_children
+        return torch.einsum("tks,tksd->td", low, w.Pi_up[parent])
     if kernel == "grouped":
-        of_parents = torch.zeros_like(found.hidden).scatter(1, parent, z) @ w.D
         groups = Groups(parent, m)
         of = v.new_zeros(*parent.shape, c).scatter(2, child, v)
         low = groups.matmul(groups.arrange(of), w.Dc)
-        return of_parents, groups.restore(groups.matmul(low, w.Pi_up)).sum(dim=1)
+        return groups.restore(groups.matmul(low, w.Pi_up)).sum(dim=1)
+    latent = (parent[..., None] * c + child).flatten(1)
     if kernel == "dense_masked":
-        of_parents = torch.zeros_like(found.hidden).scatter(1, parent, z) @ w.D
-        latent = (parent[..., None] * c + child).flatten(1)
-        of = v.new_zeros(len(z), m * c).scatter(1, latent, v.flatten(1)).view(-1, m, c)
+        of = v.new_zeros(len(v), m * c).scatter(1, latent, v.flatten(1)).view(-1, m, c)
         low = torch.einsum("tmc,mcs->tms", of, w.Dc).flatten(1)
-        return of_parents, low @ w.Pi_up.flatten(0, 1)
-    rows = Lookup(parent, m)
-    latents = Lookup((parent[..., None] * c + child).flatten(1), m * c)
-    chosen = take(w.Dc.flatten(0, 1), latents).view(*child.shape, s)
+        return low @ w.Pi_up.flatten(0, 1)
+    chosen = take(w.Dc.flatten(0, 1), Lookup(latent, m * c)).view(*child.shape, s)
     low = (v[..., None] * chosen).sum(dim=2)
-    return mix(z, w.D, rows), mix(low.flatten(1), w.Pi_up.flatten(0, 1), rows.blocks(s))
+    return mix(low.flatten(1), w.Pi_up.flatten(0, 1), Lookup(parent, m).blocks(s))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from allostasis.models.hsae import HierarchicalSAE, Pass
-from allostasis.models.hsae_kernels import Lookup, dot, mix, take
+from allostasis.models.hsae_kernels import Kernel, Lookup, decode_children, dot, mix, take
 
 ENCODER = ("E", "b_E", "Pi_down", "Ec", "bc", "b")
 MOVES: Mapping[str, tuple[str, ...]] = {
@@ -160,22 +160,27 @@ def auxiliary(sae: HierarchicalSAE, run: Pass, dead: Dead) -> Float[Tensor, ""]:
     """
     if not dead.n_parents and not dead.n_children:
         return run.x0.new_zeros(())
-    missed = run.residual.detach()
+    missed, kernel = run.residual.detach(), sae.kernel_for(len(run.x0))
     rebuilt = torch.zeros_like(missed)
     if dead.n_parents:
-        hidden = run.found.hidden.detach().masked_fill(~dead.parents, -torch.inf)
-        k_aux = min(sae.d_model // 2, dead.n_parents)
-        rows = Lookup(hidden.topk(k_aux, dim=-1).indices, sae.m)
-        z = dot(run.x0, sae.E, rows, dense=False) + take(sae.b_E[:, None], rows)[..., 0]
-        rebuilt = rebuilt + mix(z, sae.D, rows)
+        rebuilt = rebuilt + _of_dead_parents(sae, run, dead, kernel)
     if dead.n_children:
         parent, is_on = run.found.parent, run.found.z > 0
         is_dead = dead.children[parent] & is_on[..., None]
-        best, child = run.found.scores.masked_fill(~is_dead, -torch.inf).max(dim=-1)
-        v = torch.where(is_dead.any(dim=-1), best, 0.0)
-        latents = Lookup(parent * sae.c + child, sae.m * sae.c)
-        low = v[..., None] * take(sae.Dc.flatten(0, 1), latents)
-        rows = Lookup(parent, sae.m).blocks(sae.s)
-        rebuilt = rebuilt + mix(low.flatten(1), sae.Pi_up.flatten(0, 1), rows)
+        best, child = run.found.scores.masked_fill(~is_dead, -torch.inf).max(dim=-1, keepdim=True)
+        v = torch.where(is_dead.any(dim=-1, keepdim=True), best, 0.0)
+        rebuilt = rebuilt + decode_children(parent, child, v, sae.weights, kernel=kernel)
     size = (missed - missed.mean(dim=0)).square().sum(dim=-1).mean()
     return (rebuilt - missed).square().sum(dim=-1).mean() / size
+
+
+def _of_dead_parents(
+    sae: HierarchicalSAE, run: Pass, dead: Dead, kernel: Kernel
+) -> Float[Tensor, "token d"]:
+    k_aux = min(sae.d_model // 2, dead.n_parents)
+    if kernel == "grouped" and k_aux == dead.n_parents:  # few parents, and all that are dead
+        return (run.found.hidden * dead.parents) @ sae.D
+    hidden = run.found.hidden.detach().masked_fill(~dead.parents, -torch.inf)
+    rows = Lookup(hidden.topk(k_aux, dim=-1).indices, sae.m)
+    z = dot(run.x0, sae.E, rows, dense=False) + take(sae.b_E[:, None], rows)[..., 0]
+    return mix(z, sae.D, rows)

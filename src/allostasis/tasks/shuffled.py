@@ -44,33 +44,39 @@ class ShuffleBuffer:
         """Batches from number `start` on: the rows' numbers and what they hold."""
         rng = np.random.default_rng(self.seed)
         held = np.empty(0, dtype=np.int64)
-        data: np.ndarray | None = None  # what is held, once a batch is to be given
+        pool: _Pool | None = None  # what is held, once a batch is to be given
         done = 0
         blocks = rng.permutation(-(-self.n_rows // self.block_rows))
         for place, block in enumerate(blocks):
             first = int(block) * self.block_rows
             new = np.arange(first, min(first + self.block_rows, self.n_rows))
-            if data is not None:
-                data = np.concatenate([data, self.read(new)])
+            if pool is not None:
+                pool.add(self.read(new))
             held = np.concatenate([held, new])
             is_last = place == len(blocks) - 1
             if len(held) < self.buffer_rows and not is_last:
                 continue
             order = rng.permutation(len(held))
             held = held[order]
-            data = None if data is None else data[order]
+            if pool is not None:
+                pool.order(order)
             kept = 0 if is_last else self.buffer_rows // 2
             n_batches = max(0, len(held) - kept) // self.batch_size
             for number in range(n_batches):
                 if done >= start:
-                    if data is None:
-                        data = self._read_unordered(held)
+                    if pool is None:
+                        pool = _Pool(self._read_unordered(held), self._most_held())
                     chosen = slice(number * self.batch_size, (number + 1) * self.batch_size)
-                    yield held[chosen], data[chosen]
+                    yield held[chosen], pool.rows(chosen)
                 done += 1
             used = n_batches * self.batch_size
             held = held[used:]
-            data = None if data is None else data[used:]
+            if pool is not None:
+                pool.drop(used)
+
+    def _most_held(self) -> int:
+        left = self.buffer_rows // 2 + self.batch_size  # at most, once it was drawn from
+        return min(self.n_rows, max(self.buffer_rows, left) + self.block_rows)
 
     def _read_unordered(self, rows: Rows) -> np.ndarray:
         order = np.argsort(rows)
@@ -78,3 +84,36 @@ class ShuffleBuffer:
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return found[back]
+
+
+class _Pool:
+    """Rows in an order that changes while none of them moves.
+
+    Args:
+        first: The first ones.
+        size: Most rows that are held at once.
+    """
+
+    def __init__(self, first: np.ndarray, size: int) -> None:
+        self.data = np.empty((size, *first.shape[1:]), dtype=first.dtype)
+        self.data[: len(first)] = first
+        self.places, self.free = np.split(np.arange(size), [len(first)])
+
+    def add(self, rows: np.ndarray) -> None:
+        """Hold more rows, after the others."""
+        places, self.free = np.split(self.free, [len(rows)])
+        self.data[places] = rows
+        self.places = np.concatenate([self.places, places])
+
+    def order(self, order: Rows) -> None:
+        """Put the rows in another order."""
+        self.places = self.places[order]
+
+    def rows(self, chosen: slice) -> np.ndarray:
+        """Some rows, copied."""
+        return self.data[self.places[chosen]]
+
+    def drop(self, n: int) -> None:
+        """Forget the first rows."""
+        dropped, self.places = np.split(self.places, [n])
+        self.free = np.concatenate([self.free, dropped])
