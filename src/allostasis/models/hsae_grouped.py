@@ -55,12 +55,12 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.inverse = inverse
-        return rows[order]
+        return rows.index_select(0, order)  # many times as fast as rows[order]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        return grads[0][ctx.inverse], None, None
+        return grads[0].index_select(0, ctx.inverse), None, None
 
 
 class _Matmul(torch.autograd.Function):
