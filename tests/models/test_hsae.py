@@ -223,7 +223,13 @@ def test_the_causal_loss_is_zero_where_children_are_orthogonal_to_their_parent(
         cosine = torch.nn.functional.cosine_similarity(
             whole @ metric, sae.D[:, None] @ metric, dim=-1
         )
-        assert_close(found, cosine.square().mean())
+        expected = cosine.square().mean()
+        assert_close(found, expected)
+        for one, other in zip(*(
+            torch.autograd.grad(value, [sae.Dc, sae.D, sae.Pi_up], retain_graph=True)
+            for value in (found, expected)
+        ), strict=True):  # fmt: skip
+            assert_close(one, other)
 
 
 def test_the_losses_on_the_dictionary_have_their_closed_forms() -> None:

@@ -269,9 +269,12 @@ def encode(
             scores = torch.einsum("tks,tkcs->tkc", low, w.Ec[parent]) + w.bc[parent]
         elif kernel == "grouped":
             groups = Groups(parent, m)
-            each = x0[:, None].expand(-1, k, -1)
-            low = groups.matmul(groups.arrange(each), w.Pi_down.mT)
-            scores = groups.restore(groups.matmul(low, w.Ec.mT))
+            each = groups.arrange(x0[:, None].expand(-1, k, -1))
+            if w.Ec.shape[1] <= s:  # fewer children than directions: their own rows are cheaper
+                of_children = groups.matmul(each, (w.Ec @ w.Pi_down).mT)
+            else:
+                of_children = groups.matmul(groups.matmul(each, w.Pi_down.mT), w.Ec.mT)
+            scores = groups.restore(of_children)
             scores = scores + take(w.bc, Lookup(parent, m))
         else:
             low = F.linear(x0, w.Pi_down.flatten(0, 1)).to(x0.dtype).view(len(x0), m, s)
@@ -336,8 +339,12 @@ def decode_children(
     if kernel == "grouped":
         groups = Groups(parent, m)
         of = v.new_zeros(*parent.shape, c).scatter(2, child, v)
-        low = groups.matmul(groups.arrange(of), w.Dc)
-        return groups.restore(groups.matmul(low, w.Pi_up)).sum(dim=1)
+        of = groups.arrange(of)
+        if c <= s:
+            rows = groups.matmul(of, w.Dc @ w.Pi_up)
+        else:
+            rows = groups.matmul(groups.matmul(of, w.Dc), w.Pi_up)
+        return groups.restore(rows).sum(dim=1)
     latent = (parent[..., None] * c + child).flatten(1)
     if kernel == "dense_masked":
         of = v.new_zeros(len(v), m * c).scatter(1, latent, v.flatten(1)).view(-1, m, c)

@@ -140,9 +140,11 @@ def causal(
     D_sigma = D if sigma is None else D @ sigma
     if Dc.shape[1] <= Pi_up.shape[1]:  # whichever rows are fewer meet Sigma
         atoms = Dc @ Pi_up
-        atoms_sigma = atoms if sigma is None else atoms @ sigma
         inner = (atoms @ D_sigma[..., None])[..., 0]
-        of_child = (atoms_sigma * atoms).sum(dim=-1)
+        fixed = atoms.detach()
+        fixed_sigma = fixed if sigma is None else fixed @ sigma
+        # a Sigma a^T, whose gradient 2 a Sigma is known: Sigma is symmetric
+        of_child = (fixed_sigma * (2 * atoms - fixed)).sum(dim=-1)
     else:
         up_sigma = Pi_up if sigma is None else Pi_up @ sigma
         inner = torch.einsum("msd,md,mcs->mc", Pi_up, D_sigma, Dc)
