@@ -57,6 +57,7 @@ class Selected(NamedTuple):
         v: Their values, at least 0, and 0 where the parent is off.
         hidden: Pre-activations of all parents, without gradient in the sparse kernels.
         scores: Pre-activations of the active parents' children.
+        groups: Tokens by parent, where the kernel has put them together.
     """
 
     parent: Int64[Tensor, "token k"]
@@ -65,6 +66,7 @@ class Selected(NamedTuple):
     v: Float[Tensor, "token k k_child"]
     hidden: Float[Tensor, "token parent"]
     scores: Float[Tensor, "token k child"]
+    groups: Groups | None = None
 
 
 def top_k(hidden: Float[Tensor, "token parent"], k: int) -> Int64[Tensor, "token k"]:
@@ -260,6 +262,7 @@ def encode(
         kernel: How it is computed.
     """
     m, s, _ = w.Pi_down.shape
+    groups = None
     if kernel in ("naive", "grouped", "dense_masked"):
         hidden = F.linear(x0, w.E, w.b_E).to(x0.dtype)
         parent = top_k(hidden, k)
@@ -294,7 +297,7 @@ def encode(
         scores = scores + take(w.bc, rows)
     best, child = best_children(scores, k_child)
     v = best.relu() * (z > 0)[..., None]
-    return Selected(parent, z, child, v, hidden, scores)
+    return Selected(parent, z, child, v, hidden, scores, groups)
 
 
 def decode(
@@ -311,33 +314,34 @@ def decode(
         of_parents = torch.zeros_like(found.hidden).scatter(1, parent, z) @ w.D
     else:
         of_parents = mix(z, w.D, Lookup(parent, len(w.D)))
-    return of_parents, decode_children(parent, found.child, found.v, w, kernel=kernel)
+    return of_parents, decode_children(found, found.child, found.v, w, kernel=kernel)
 
 
 def decode_children(
-    parent: Int64[Tensor, "token k"],
+    found: Selected,
     child: Int64[Tensor, "token k k_child"],
     v: Float[Tensor, "token k k_child"],
     w: Weights,
     *,
     kernel: Kernel,
 ) -> Float[Tensor, "token d"]:
-    """sum_j sum_k v_jk Pi_up_j Dc_jk over given children of given parents.
+    """sum_j sum_k v_jk Pi_up_j Dc_jk over given children of the parents that were selected.
 
     Args:
-        parent: Parents of each token.
-        child: Children of each of them.
+        found: Of each token.
+        child: Children of each of its parents.
         v: Their values, of any sign.
         w: Weights.
         kernel: How it is computed.
     """
     m, c, s = w.Dc.shape
+    parent = found.parent
     if kernel == "naive":
         chosen = w.Dc[parent].gather(2, child[..., None].expand(*child.shape, s))
         low = (v[..., None] * chosen).sum(dim=2)
         return torch.einsum("tks,tksd->td", low, w.Pi_up[parent])
     if kernel == "grouped":
-        groups = Groups(parent, m)
+        groups = found.groups or Groups(parent, m)
         of = v.new_zeros(*parent.shape, c).scatter(2, child, v)
         of = groups.arrange(of)
         if c <= s:

@@ -171,7 +171,7 @@ def auxiliary(sae: HierarchicalSAE, run: Pass, dead: Dead) -> Float[Tensor, ""]:
         is_dead = dead.children[parent] & is_on[..., None]
         best, child = run.found.scores.masked_fill(~is_dead, -torch.inf).max(dim=-1, keepdim=True)
         v = torch.where(is_dead.any(dim=-1, keepdim=True), best, 0.0)
-        rebuilt = rebuilt + decode_children(parent, child, v, sae.weights, kernel=kernel)
+        rebuilt = rebuilt + decode_children(run.found, child, v, sae.weights, kernel=kernel)
     size = (missed - missed.mean(dim=0)).square().sum(dim=-1).mean()
     return (rebuilt - missed).square().sum(dim=-1).mean() / size
 
