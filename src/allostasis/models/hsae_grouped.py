@@ -7,7 +7,6 @@ and many.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,8 +30,7 @@ class Groups:
         self.order = flat.argsort(stable=True)
         self.place = torch.empty_like(self.order)
         self.place[self.order] = torch.arange(len(flat), device=flat.device)
-        ends = flat.bincount(minlength=m).cumsum(0).tolist()
-        self.slices = [slice(*ends) for ends in pairwise((0, *ends))]
+        self.sizes: list[int] = flat.bincount(minlength=m).tolist()
 
     def arrange(self, rows: Float[Tensor, "token k d"]) -> Float[Tensor, "place d"]:
         """Rows of tokens in the order of their parents."""
@@ -72,8 +70,11 @@ class _Matmul(torch.autograd.Function):
         ctx.save_for_backward(x, matrices)
         ctx.groups = groups
         out = x.new_empty(len(x), matrices.shape[2])
-        for rows, matrix in zip(groups.slices, matrices, strict=True):
-            torch.mm(x[rows], matrix, out=out[rows])
+        sizes = groups.sizes
+        for rows, matrix, to in zip(
+            x.split(sizes), matrices.unbind(), out.split(sizes), strict=True
+        ):
+            torch.mm(rows, matrix, out=to)
         return out
 
     @staticmethod
@@ -81,9 +82,11 @@ class _Matmul(torch.autograd.Function):
     @custom_bwd(device_type="cpu")
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
         x, matrices = ctx.saved_tensors
-        grad, groups = grads[0].contiguous(), ctx.groups
         of_x, of_matrices = torch.empty_like(x), torch.empty_like(matrices)
-        for j, rows in enumerate(groups.slices):
-            torch.mm(grad[rows], matrices[j].T, out=of_x[rows])
-            torch.mm(x[rows].T, grad[rows], out=of_matrices[j])
+        sizes = ctx.groups.sizes
+        of_rows = grads[0].contiguous().split(sizes)
+        for grad, matrix, to in zip(of_rows, matrices.mT.unbind(), of_x.split(sizes), strict=True):
+            torch.mm(grad, matrix, out=to)
+        for rows, grad, to in zip(x.split(sizes), of_rows, of_matrices.unbind(), strict=True):
+            torch.mm(rows.T, grad, out=to)
         return of_x, of_matrices, None
