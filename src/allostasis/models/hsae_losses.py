@@ -163,17 +163,15 @@ def auxiliary(sae: HierarchicalSAE, run: Pass, dead: Dead) -> Float[Tensor, ""]:
     if not dead.n_parents and not dead.n_children:
         return run.x0.new_zeros(())
     missed, kernel = run.residual.detach(), sae.kernel_for(len(run.x0))
-    rebuilt = torch.zeros_like(missed)
-    if dead.n_parents:
-        rebuilt = rebuilt + _of_dead_parents(sae, run, dead, kernel)
+    parts = [_of_dead_parents(sae, run, dead, kernel)] if dead.n_parents else []
     if dead.n_children:
         parent, is_on = run.found.parent, run.found.z > 0
         is_dead = dead.children[parent] & is_on[..., None]
         best, child = run.found.scores.masked_fill(~is_dead, -torch.inf).max(dim=-1, keepdim=True)
         v = torch.where(is_dead.any(dim=-1, keepdim=True), best, 0.0)
-        rebuilt = rebuilt + decode_children(run.found, child, v, sae.weights, kernel=kernel)
-    size = (missed - missed.mean(dim=0)).square().sum(dim=-1).mean()
-    return (rebuilt - missed).square().sum(dim=-1).mean() / size
+        parts.append(decode_children(run.found, child, v, sae.weights, kernel=kernel))
+    size = _missed(missed.mean(dim=0).expand_as(missed), missed)
+    return _missed(sum(parts[1:], parts[0]), missed) / size
 
 
 def _of_dead_parents(
