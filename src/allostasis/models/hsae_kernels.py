@@ -348,7 +348,8 @@ def decode_children(
             rows = groups.matmul(of, w.Dc @ w.Pi_up)
         else:
             rows = groups.matmul(groups.matmul(of, w.Dc), w.Pi_up)
-        return groups.restore(rows).sum(dim=1)
+        restored = groups.restore(rows)
+        return restored.sum(dim=1) if groups.k > 1 else restored.squeeze(1)
     latent = (parent[..., None] * c + child).flatten(1)
     if kernel == "dense_masked":
         of = v.new_zeros(len(v), m * c).scatter(1, latent, v.flatten(1)).view(-1, m, c)
