@@ -167,3 +167,24 @@ def test_a_variance_of_zero_is_no_ratio() -> None:
         suppressors.GeometricRatio(np.ones((5, 1)), np.zeros((5, 1)), **silent)
     with pytest.raises(UndefinedError, match="one sequence"):
         suppressors.GeometricRatio(np.ones((1, 1)), np.ones((1, 1)), **silent)
+
+
+def test_variances_are_drawn_once_for_ablations_that_found_no_head() -> None:
+    """The heads and their variances are the same whatever an ablation selects of them."""
+    from pathlib import Path
+
+    from allostasis.analysis import aggregate, suppressor_figures
+    from allostasis.analysis.curves import RunView
+    from allostasis.core.records import read_runs
+
+    study = Path(__file__).parents[2] / "experiments" / "2026-11-27_superposition_smollm2_fewer"
+    (run,) = (RunView(record) for record in read_runs(study / "runs"))
+
+    def titles() -> list[str]:
+        drawn = suppressor_figures.variances(aggregate.arms([run]))
+        return [axis.get_title("left").rpartition(", ")[2] for axis in drawn.axes]
+
+    assert titles() == ["mean", "zero"]
+    for scan in run.run["suppressors"].values():
+        scan["selected"] = []
+    assert titles() == ["resample"]

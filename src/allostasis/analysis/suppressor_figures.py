@@ -51,11 +51,18 @@ def _scans(run: RunView) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _told_apart(run: RunView) -> dict[str, dict[str, Any]]:
+    """Ablations that found suppressors, or one of them all if none did: the heads are the same."""
+    scans = _scans(run)
+    return {value: scan for value, scan in scans.items() if scan["selected"]} or dict([
+        next(iter(scans.items()))
+    ])
+
+
 def _panels(
-    plt: Any, runs: Sequence[RunView], ylabel: str
+    plt: Any, runs: Sequence[RunView], scans: Sequence[dict[str, dict[str, Any]]], ylabel: str
 ) -> tuple[Canvas, list[tuple[Axes, RunView, str]]]:
-    """A panel for each run, in rows, and each of its ablations, in columns."""
-    scans = [_scans(run) for run in runs]
+    """A panel for each run, in rows, and each of some of its ablations, in columns."""
     width = max(map(len, scans))
     figure, axes = plt.subplots(
         len(runs), width, figsize=(max(5.6, 3.6 * width + 0.8), 3.6 * len(runs)), squeeze=False,
@@ -76,7 +83,8 @@ def effects(arms: Sequence[Arm]) -> Canvas:
     """Effect of each head, sorted, with what passes."""
     runs = _first(arms, *SEARCHED)
     with style() as plt:
-        figure, panels = _panels(plt, runs, "loss clean - loss ablated,\nnat a token")
+        scans = [_scans(run) for run in runs]
+        figure, panels = _panels(plt, runs, scans, "loss clean - loss ablated,\nnat a token")
         for axis, run, value in panels:
             scan = _scans(run)[value]
             rows = run.interventions("ablation_effect", split="select")
@@ -109,10 +117,11 @@ def _heads(rows: pd.DataFrame) -> pd.Series:
 
 
 def variances(arms: Sequence[Arm]) -> Canvas:
-    """Variance of heads' writes by layer, suppressors apart."""
+    """Variance of heads' writes by layer, suppressors apart, by what found them."""
     runs = _first(arms, *SEARCHED)
     with style() as plt:
-        figure, panels = _panels(plt, runs, "variance of a head's write, resid$^2$")
+        scans = [_told_apart(run) for run in runs]
+        figure, panels = _panels(plt, runs, scans, "variance of a head's write, resid$^2$")
         for axis, run, value in panels:
             scan = _scans(run)[value]
             rows = run.table("head_write_variance", split="measure")
