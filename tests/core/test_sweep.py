@@ -72,7 +72,7 @@ def test_every_run_lies_in_a_folder_of_its_own(points: Points) -> None:
         (["module.weight_decay=1.0"], "condition=high_wd,no_wd: these arms have the same settings"),
         (["seed=0,1,-1,-2"], "seed=-2: input should be greater than or equal to 0 (condition="),
         (["seed=0,x"], "seed='x': input should be a valid integer"),
-        (["preset=quick,slow"], "preset=slow: no such preset; there are full, h100,"),
+        (["preset=quick,slow"], "preset=slow: no such preset; there are full, full_cpu,"),
         (["device=cpu,tpu"], "device='tpu': allowed are auto, cpu, cuda, cuda:<index> and mps"),
     ],
 )
