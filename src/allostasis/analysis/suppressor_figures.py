@@ -54,9 +54,8 @@ def _scans(run: RunView) -> dict[str, dict[str, Any]]:
 def _told_apart(run: RunView) -> dict[str, dict[str, Any]]:
     """Ablations that found suppressors, or one of them all if none did: the heads are the same."""
     scans = _scans(run)
-    return {value: scan for value, scan in scans.items() if scan["selected"]} or dict([
-        next(iter(scans.items()))
-    ])
+    found = {value: scan for value, scan in scans.items() if scan["selected"]}
+    return found or dict([*scans.items()][:1])
 
 
 def _panels(
