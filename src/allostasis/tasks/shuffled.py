@@ -65,7 +65,7 @@ class ShuffleBuffer:
             for number in range(n_batches):
                 if done >= start:
                     if pool is None:
-                        pool = _Pool(self._read_unordered(held), self._most_held())
+                        pool = self._filled(held)
                     chosen = slice(number * self.batch_size, (number + 1) * self.batch_size)
                     yield held[chosen], pool.rows(chosen)
                 done += 1
@@ -74,33 +74,35 @@ class ShuffleBuffer:
             if pool is not None:
                 pool.drop(used)
 
-    def _most_held(self) -> int:
+    def _filled(self, rows: Rows) -> _Pool:
         left = self.buffer_rows // 2 + self.batch_size  # at most, once it was drawn from
-        return min(self.n_rows, max(self.buffer_rows, left) + self.block_rows)
-
-    def _read_unordered(self, rows: Rows) -> np.ndarray:
+        most = min(self.n_rows, max(self.buffer_rows, left) + self.block_rows)
         order = np.argsort(rows)
-        found = self.read(rows[order])
+        pool = _Pool(most)
+        for first in range(0, len(rows), self.block_rows):
+            pool.add(self.read(rows[order[first : first + self.block_rows]]))
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        return found[back]
+        pool.order(back)
+        return pool
 
 
 class _Pool:
     """Rows in an order that changes while none of them moves.
 
     Args:
-        first: The first ones.
         size: Most rows that are held at once.
     """
 
-    def __init__(self, first: np.ndarray, size: int) -> None:
-        self.data = np.empty((size, *first.shape[1:]), dtype=first.dtype)
-        self.data[: len(first)] = first
-        self.places, self.free = np.split(np.arange(size), [len(first)])
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.data: np.ndarray | None = None
+        self.places, self.free = np.arange(0), np.arange(size)
 
     def add(self, rows: np.ndarray) -> None:
         """Hold more rows, after the others."""
+        if self.data is None:
+            self.data = np.empty((self.size, *rows.shape[1:]), dtype=rows.dtype)
         places, self.free = np.split(self.free, [len(rows)])
         self.data[places] = rows
         self.places = np.concatenate([self.places, places])
