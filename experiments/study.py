@@ -8,10 +8,11 @@ lie under runs/ as run.json, config.yaml, claims.json, metrics.parquet and times
 further tables that the design's `keep` names; weights stay in the folder's own outputs/, which git
 ignores. An interrupted run goes on where it stopped. A design with `variants` (by name: further
 overrides, or what else of the design is another) has one such runs/ and outputs/ in a folder of
-each variant; one with `needs: cuda` says so and runs nothing where there is no GPU. One with
-`replicas` trains all seeds of an arm in one block; several settings of an arm, as in
-`module.temperature=0.5,1`, are several blocks. With `--jobs` several runs or blocks are done at
-once, all seeds of an arm before the next arm; a run that reads another one waits for it.
+each variant, or in the `folder` that it names, where it reads another variant's runs; one with
+`needs: cuda` says so and runs nothing where there is no GPU. One with `replicas` trains all seeds
+of an arm in one block; several settings of an arm, as in `module.temperature=0.5,1`, are several
+blocks. With `--jobs` several runs or blocks are done at once, all seeds of an arm before the next
+arm; a run that reads another one waits for it.
 """
 
 import argparse
@@ -31,13 +32,13 @@ import yaml
 KEPT = ("run.json", "config.yaml", "claims.json", "metrics.parquet", "times.parquet")
 
 
-def finished(folder: Path) -> dict[tuple[str, int], Path]:
-    """Finished runs below a folder, by condition and seed."""
-    done: dict[tuple[str, int], Path] = {}
+def finished(folder: Path) -> dict[tuple[str, str, int], Path]:
+    """Finished runs below a folder, by experiment, condition and seed."""
+    done: dict[tuple[str, str, int], Path] = {}
     for path in sorted(folder.rglob("run.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["status"] == "done":
-            done[content["condition"], content["seed"]] = path.parent
+            done[content["exp"], content["condition"], content["seed"]] = path.parent
     return done
 
 
@@ -92,10 +93,14 @@ def main() -> int:
     variants = design.get("variants", {"": []})
     do = work_in_blocks if "replicas" in design else work
     return max(
-        do(study / name, *_of_variant(design, variant), options)
+        do(study / _folder(name, variant), *_of_variant(design, variant), options)
         for name, variant in variants.items()
         if name in (options.variants or variants)
     )
+
+
+def _folder(name: str, variant: list[str] | dict[str, Any]) -> str:
+    return name if isinstance(variant, list) else variant.get("folder", name)
 
 
 def _of_variant(
@@ -205,7 +210,7 @@ def work(
 
     def do(seed: int, condition: str) -> bool:
         """Whether a run failed."""
-        if (condition, seed) in finished(folder / "runs"):
+        if (design["exp"], condition, seed) in finished(folder / "runs"):
             return False
         words = [f"exp={design['exp']}", f"condition={condition}", f"seed={seed}"]
         words += design["overrides"] + conditions[condition] + variant
@@ -216,7 +221,8 @@ def work(
         for has_failed in pool.map(lambda one: do(*one), order):
             failed += has_failed
             keep(folder, more)
-    missing = set(itertools.product(conditions, seeds)) - set(finished(folder / "runs"))
+    wanted = set(itertools.product([design["exp"]], conditions, seeds))
+    missing = wanted - set(finished(folder / "runs"))
     where = f"{folder.name}: " if variant else ""
     print(f"{where}{len(missing)} of {len(conditions) * len(seeds)} runs missing; {failed} failed")
     return int(failed > 0)

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
 
 
@@ -241,6 +244,45 @@ def test_every_direction_has_the_gain_that_was_asked_for_or_says_why_not(steered
     p, q = (one[:, others].exp() for one in logits)
     p, q = p / p.sum(dim=1, keepdim=True), q / q.sum(dim=1, keepdim=True)
     assert float((p * (p / q).log()).sum(dim=1).mean()) == pytest.approx(row["leakage"], abs=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**20), spread=st.floats(0.1, 30), nats=st.floats(0.01, 4))
+def test_gains_leakage_and_doses_are_those_of_the_moved_logits(
+    model: Any, steered: Any, seed: int, spread: float, nats: float
+) -> None:
+    """Shifts knows them from probabilities before; here logits are moved and normalised anew."""
+    from allostasis.experiments.hsae.shifts import Shifts
+    from allostasis.metrics.steering_leakage import steering_leakage
+
+    drawn = torch.Generator().manual_seed(seed)
+    d = model.decoder.d_model
+    resid = spread * torch.randn(5, d, generator=drawn)
+    there = Shifts(model, steered.teacher.metric, resid, np.arange(40))
+    effects = torch.stack([there.effect(torch.randn(d, generator=drawn)) for _ in range(3)])
+    effects[0, 0] = effects.abs().max()  # a token to gain, at least at first
+    targets, members = torch.tensor([0, 1]), torch.tensor([0, 1, 2])
+    is_member = torch.zeros(40, dtype=torch.bool).index_fill(0, members, value=True)
+    before = there.logits.double()
+
+    def gain(alpha: float) -> Tensor:
+        after = before + alpha * effects[:, None].double()
+        change = after.log_softmax(dim=2) - before.log_softmax(dim=1)
+        return change[:, :, targets].mean(dim=2).T
+
+    for alpha in (0.3, 2.0, 25.0):
+        assert_close(there.gains(effects, alpha, targets), gain(alpha), rtol=1e-9, atol=1e-9)
+        leaks = steering_leakage(before, before + alpha * effects[0].double(), is_member)
+        assert_close(there.leakage(effects[0], alpha, members), leaks, rtol=1e-9, atol=1e-9)
+    limit = 20.0
+    grid = torch.stack([gain(float(a))[:, 0].mean() for a in np.linspace(0, limit, 2001)])
+    doses = there.doses(effects[0], (nats, 0.5), targets, limit)
+    for asked, found in zip((nats, 0.5), doses, strict=True):
+        if found is None:
+            assert float(grid.max()) < asked + 1e-9
+        else:
+            assert float(gain(found)[:, 0].mean()) == pytest.approx(asked, abs=1e-8)
+            assert float(grid[: int(found / limit * 2000) + 1].max()) <= asked + 1e-8
 
 
 def test_two_contexts_and_one_random_direction_give_no_effect_size_and_all_else(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from allostasis.core.spaces import CausalMetric
@@ -20,7 +19,8 @@ from allostasis.tasks.corpora import GLOSSES, documents, split_of
 
 N_CONTEXT = 16  # tokens before the position that is read, where there are so many
 N_RANDOM = 8
-PRECISE = 1e-3  # of a dose, as a share of the largest
+PRECISE = 1e-9  # nats by which a gain may miss what was asked for
+LONGEST = 100  # steps towards a dose
 INERT = 1e-4  # logits
 LARGEST = 2.0  # median lengths of the stream: a larger step is not taken
 
@@ -108,6 +108,7 @@ class Shifts:
         self.logits = (
             logits if bias is None else logits + bias[torch.from_numpy(kept)].float().cpu()
         )
+        self.chances = self.logits.double().softmax(dim=1)
         self.reach = LARGEST * float(resid.norm(dim=1).median())
 
     def direction(self, white: Float[Tensor, " width"]) -> Float[Tensor, " d_model"]:
@@ -123,38 +124,77 @@ class Shifts:
         """Columns of some tokens."""
         return torch.from_numpy(self.place[ids])
 
-    def gain(self, effect: Tensor, alpha: float, targets: Tensor) -> float:
-        """Mean gain of the targets' log probability in nats, over contexts."""
-        before, after = (
-            self.logits.logsumexp(dim=1),
-            (self.logits + alpha * effect).logsumexp(dim=1),
-        )
-        return float(alpha * effect[targets].mean() - (after - before).mean())
+    def growth(
+        self, effects: Float[Tensor, "direction token"], alpha: float
+    ) -> Float[Tensor, "context direction"]:
+        """Growth of the normaliser in nats: ln E[exp(alpha e)] over the next token before."""
+        weights, peak = _exponentials(alpha * effects.double())
+        return (self.chances @ weights.T).log() + peak
+
+    def gains(
+        self, effects: Float[Tensor, "direction token"], alpha: float, targets: Tensor
+    ) -> Float[Tensor, "context direction"]:
+        """Gain of the targets' mean log-probability in nats, by context."""
+        return alpha * effects[:, targets].double().mean(dim=1) - self.growth(effects, alpha)
+
+    def gain(self, effect: Float[Tensor, " token"], alpha: float, targets: Tensor) -> float:
+        """Mean gain of the targets' log-probability in nats, over contexts."""
+        return float(self.gains(effect[None], alpha, targets).mean())
+
+    def leakage(
+        self, effect: Float[Tensor, " token"], alpha: float, members: Tensor
+    ) -> Float[Tensor, " context"]:
+        """`metrics.steering_leakage` over all tokens but the members.
+
+        KL(p || q) = ln E_p[exp(alpha e)] - alpha E_p[e], for p of the other tokens, renormalised.
+        """
+        others = torch.ones(len(effect), dtype=torch.float64)
+        others[members] = 0
+        moved = alpha * effect.double()
+        moved[members] = -torch.inf
+        weights, peak = _exponentials(moved[None])
+        moved[members] = 0
+        share, grown, mean = (self.chances @ one for one in (others, weights[0], moved))
+        return ((grown / share).log() + peak - mean / share).clamp(min=0)
 
     def doses(
-        self, effect: Tensor, gains: Sequence[float], targets: Tensor, limit: float
+        self, effect: Float[Tensor, " token"], gains: Sequence[float], targets: Tensor, limit: float
     ) -> list[float | None]:
         """The least dose at which targets gain so many nats on average; None where none does.
 
-        The gain is concave in the dose: it rises to one peak and falls behind it, where few tokens
-        take all of the probability.
+        The gain is concave in the dose and 0 at none: it rises to one peak and falls behind it,
+        where few tokens take all of the probability. So Newton's steps from the left never pass the
+        least dose, and where there is none they pass the peak or the limit.
+
+        Raises:
+            RuntimeError: No end in `LONGEST` steps.
         """
+        rise = effect.double()
+        own = float(rise[targets].mean())
 
-        def lost(alpha: float) -> float:
-            return -self.gain(effect, alpha, targets)
+        def gain_and_slope(alpha: float) -> tuple[float, float]:
+            weights, peak = _exponentials(alpha * rise[None])
+            grown, risen = self.chances @ weights[0], self.chances @ (weights[0] * rise)
+            growth = float((grown.log() + peak).mean())
+            return alpha * own - growth, own - float((risen / grown).mean())
 
-        peak: Any = minimize_scalar(lost, bounds=(0, limit), method="bounded",
-                               options={"xatol": PRECISE * limit})  # fmt: skip
+        def dose(nats: float, start: float) -> float | None:
+            alpha = start
+            for _ in range(LONGEST):
+                gain, slope = gain_and_slope(alpha)
+                if nats - gain <= PRECISE:
+                    return alpha
+                if slope <= 0:
+                    return None
+                alpha += (nats - gain) / slope
+                if alpha > limit:
+                    return None
+            raise RuntimeError(f"no dose for a gain of {nats:g} nats in {LONGEST} steps")
 
-        def missing(alpha: float, nats: float) -> float:
-            return self.gain(effect, alpha, targets) - nats
-
-        return [
-            cast(float, brentq(missing, 0, peak.x, args=(nats,), xtol=PRECISE * limit))
-            if -peak.fun >= nats
-            else None
-            for nats in gains
-        ]
+        found: dict[float, float | None] = {}
+        for nats in sorted(gains):  # the dose of a smaller gain is left of that of a larger one
+            found[nats] = dose(nats, max((a for a in found.values() if a is not None), default=0.0))
+        return [found[nats] for nats in gains]
 
     def within(self, effect: Tensor, alpha: float, members: Tensor) -> np.ndarray:
         """KL(before || after) in nats among a concept's own members, by context."""
@@ -208,6 +248,14 @@ class Shifts:
                 }
             rows.append(row)
         return pd.DataFrame(rows)
+
+
+def _exponentials(
+    values: Float[Tensor, "direction token"],
+) -> tuple[Float[Tensor, "direction token"], Float[Tensor, " direction"]]:
+    """exp(value - largest), and the largest, of each direction."""
+    peak = values.amax(dim=1)
+    return (values - peak[:, None]).exp(), peak
 
 
 def proof_direction(metric: CausalMetric) -> Float[Tensor, " d_model"]:

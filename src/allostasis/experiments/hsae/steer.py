@@ -30,7 +30,6 @@ from allostasis.experiments.hsae.sources import (
     concepts_of,
     run_that_was_read,
 )
-from allostasis.metrics.steering_leakage import steering_leakage
 from allostasis.models.teacher import FILE, read_teacher
 from allostasis.models.zoo import LanguageModel
 from allostasis.tasks.activations import COLUMNS, ActivationDataModule
@@ -236,39 +235,29 @@ class HSAESteer(L.LightningModule):
         controls: Tensor,
         chance: Sequence[Tensor],
     ) -> dict[str, float]:
-        before = self.there.logits
-        after = before + alpha * effect
-        targets, members = self.there.at(concept.targets), self.there.at(concept.members)
+        there, before = self.there, self.there.logits
+        targets, members = there.at(concept.targets), there.at(concept.members)
         is_member = torch.zeros(before.shape[1], dtype=torch.bool)
         is_member[members] = True
-        gains = self._gains(effect, alpha, targets)
-        nll = [
-            -logits.log_softmax(dim=1).gather(1, self.answers[:, None]).mean()
-            for logits in (before, after)
-        ]
+        gains = there.gains(effect[None], alpha, targets)[:, 0]
+        answered = alpha * effect[self.answers].double() - there.growth(effect[None], alpha)[:, 0]
         shift = effect[targets].mean()
         found = {
             "gain": float(gains.mean()),
-            "leakage": float(steering_leakage(before, after, is_member).mean()),
+            "leakage": float(there.leakage(effect, alpha, members).mean()),
             "leakage_logit": float(effect[controls].abs().mean() / shift),
-            "near": float(effect[self.there.at(concept.near)].mean() / shift),
-            "success": float(is_member[after.argmax(dim=1)].double().mean()),
+            "near": float(effect[there.at(concept.near)].mean() / shift),
+            "success": float(is_member[(before + alpha * effect).argmax(dim=1)].double().mean()),
             "success_clean": float(is_member[before.argmax(dim=1)].double().mean()),
-            "log_perplexity_change": float(nll[1] - nll[0]),
+            "log_perplexity_change": float(-answered.mean()),
         }
         if chance:
-            by_chance = np.mean([self._gains(one, alpha, targets) for one in chance], axis=0)
+            by_chance = there.gains(torch.stack(list(chance)), alpha, targets).mean(dim=1)
             with suppress(UndefinedError):  # of two contexts there is no spread to speak of
-                found["hedges_g"] = one_sample_effect(gains - by_chance, 0.0).g
+                found["hedges_g"] = one_sample_effect((gains - by_chance).numpy(), 0.0).g
         if len(concept.far):
             found["far"] = float(effect[self.there.at(concept.far)].mean() / shift)
         return found
-
-    def _gains(self, effect: Tensor, alpha: float, targets: Tensor) -> np.ndarray:
-        """Gain of the targets' mean log-probability in nats, by context."""
-        before = self.there.logits.logsumexp(dim=1)
-        after = (self.there.logits + alpha * effect).logsumexp(dim=1)
-        return (alpha * effect[targets].mean() - (after - before)).double().numpy()
 
     def _controls(self, concept: Concept) -> Tensor:
         """For each target a token that is no member, as frequent in the training rows as it is."""
