@@ -58,6 +58,20 @@ def steering(leakage: float, fails: tuple[str, ...]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def test_leakage_is_shown_at_the_gain_of_the_claims_though_more_reach_a_smaller_one(
+    tmp_path: Path,
+) -> None:
+    arms = [arm(tmp_path, "teacher_init", steering={0: steering(0.1, ("100", "5"))})]
+    parents, *others = steer_figures.leakage(arms).axes
+    assert not others  # no child reached it
+    assert parents.get_title(loc="left") == "parent concepts, gain 1 nat"
+    (points,) = [line.get_ydata() for line in parents.lines]
+    np.testing.assert_allclose(points, [0.1])
+    none = [arm(tmp_path, "rotated", steering={0: steering(0.1, ("1", "100", "5"))})]
+    axis = steer_figures.leakage(none).axes[0]
+    assert axis.get_title(loc="left") == "parent concepts, gain 0.5 nat"
+
+
 def test_success_is_a_line_an_arm_and_level_of_concepts_that_reach_every_dose(
     tmp_path: Path,
 ) -> None:

@@ -30,6 +30,7 @@ SOURCES = {
 MARKS = "os^DvP*X<>"  # of arms: where colours are sources, or once all colours are taken
 MOST = 30  # features in the matrix
 SMALLEST = 1e-6  # nats that a logarithmic axis shows
+CLAIMED = 1.0  # nats of gain at which claims compare leakage
 
 
 def figures(arms: Sequence[Arm]) -> list[Figure]:
@@ -45,7 +46,8 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
         Figure(
             "success", "Success against leakage at equal gain",
             "Share of contexts whose likeliest token is a member of the concept, along the doses; "
-            "means over the directions that reach every dose.",
+            "means over the directions that reach every dose. Where arms share a direction their "
+            "lines coincide, and the last arm's marks are seen.",
             partial(success, arms),
         ),
         Figure(
@@ -98,9 +100,13 @@ def _reached(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def leakage(arms: Sequence[Arm]) -> Canvas:
-    """Points and medians, by source and arm, at the dose that most directions reach."""
+    """Points and medians, by source and arm, at the gain of the claims.
+
+    Where no direction reached that: at the gain that most did.
+    """
     there = _reached(_steering(arms))
-    asked = there["asked"].value_counts().idxmax()
+    reached = there["asked"].value_counts()
+    asked = CLAIMED if CLAIMED in reached else reached.idxmax()
     there = there[there["asked"] == asked]
     names = list(dict.fromkeys(there["arm"]))
     levels = [level for level in ("parent", "child") if (there["level"] == level).any()]
@@ -203,6 +209,8 @@ def volcano(arms: Sequence[Arm]) -> Canvas:
         figure, axis = plt.subplots(figsize=(6, 3.8))
         for role, colour in (("control", GREY), ("attribution", RED)):
             some = rows[rows["role"] == role]
+            if some.empty:  # a small dictionary's features are all among those attributed
+                continue
             q = -np.log10(np.maximum(some["q_value"].astype(float), 1e-30))
             axis.plot(some["value"], q, "o", ms=4, alpha=0.7, color=colour, label=role)
         axis.axhline(-np.log10(0.05), color=INK, ls=":", lw=1, label="q = 0.05")

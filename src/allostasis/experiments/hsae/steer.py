@@ -16,6 +16,7 @@ from torch import Tensor
 
 from allostasis.analysis.curves import UndefinedError
 from allostasis.analysis.effects import one_sample_effect
+from allostasis.analysis.steer_figures import CLAIMED
 from allostasis.core.progress import Ticker
 from allostasis.core.records import RunRecord
 from allostasis.core.seeding import derive
@@ -42,7 +43,6 @@ OUTCOMES = (
     "alpha", "gain", "leakage", "leakage_logit", "near", "far", "success", "success_clean",
     "log_perplexity_change", "hedges_g",
 )  # fmt: skip
-CLAIMED = 1.0  # nats of gain at which a claim compares leakage
 
 
 class HSAESteer(L.LightningModule):
