@@ -60,20 +60,20 @@ def _told_apart(run: RunView) -> dict[str, dict[str, Any]]:
 
 def _panels(
     plt: Any, runs: Sequence[RunView], scans: Sequence[dict[str, dict[str, Any]]], ylabel: str
-) -> tuple[Canvas, list[tuple[Axes, RunView, str]]]:
-    """A panel for each run, in rows, and each of some of its ablations, in columns."""
+) -> tuple[Canvas, list[tuple[Axes, RunView, str, dict[str, Any]]]]:
+    """A panel for each run, in rows, and each of some of its ablations, with what it found."""
     width = max(map(len, scans))
     figure, axes = plt.subplots(
         len(runs), width, figsize=(max(5.6, 3.6 * width + 0.8), 3.6 * len(runs)), squeeze=False,
         sharey="row",
     )  # fmt: skip
     panels = []
-    for row, run, values in zip(axes, runs, scans, strict=True):
+    for row, run, found in zip(axes, runs, scans, strict=True):
         row[0].set_ylabel(ylabel)
-        for axis, value in zip(row, values, strict=False):
+        for axis, (value, scan) in zip(row, found.items(), strict=False):
             axis.set_title(f"{_name(run)}, {value}")
-            panels.append((axis, run, value))
-        for axis in row[len(values) :]:
+            panels.append((axis, run, value, scan))
+        for axis in row[len(found) :]:
             axis.axis("off")
     return figure, panels
 
@@ -84,8 +84,7 @@ def effects(arms: Sequence[Arm]) -> Canvas:
     with style() as plt:
         scans = [_scans(run) for run in runs]
         figure, panels = _panels(plt, runs, scans, "loss clean - loss ablated,\nnat a token")
-        for axis, run, value in panels:
-            scan = _scans(run)[value]
+        for axis, run, value, scan in panels:
             rows = run.interventions("ablation_effect", split="select")
             rows = rows[rows["intervention"].str.startswith(f"{value}:")].sort_values("value")
             q = run.interventions("ablation_effect.q", split="select")
@@ -121,8 +120,7 @@ def variances(arms: Sequence[Arm]) -> Canvas:
     with style() as plt:
         scans = [_told_apart(run) for run in runs]
         figure, panels = _panels(plt, runs, scans, "variance of a head's write, resid$^2$")
-        for axis, run, value in panels:
-            scan = _scans(run)[value]
+        for axis, run, _, scan in panels:
             rows = run.table("head_write_variance", split="measure")
             rows = rows[rows["step"] == rows["step"].max()]
             chosen = _heads(rows).isin(scan["selected"])
