@@ -206,6 +206,30 @@ def test_identical_arms_raise(tmp_path: Path, write_run: Writer) -> None:
         shutil.rmtree(root)
 
 
+def test_arms_that_took_the_same_size_from_others_are_one_and_the_report_goes_on(
+    tmp_path: Path, write_run: Writer
+) -> None:
+    """Two flat autoencoders at the L0 of two arms: it rounds to one number, and they are one."""
+    for seed in range(8):
+        weights = {"20000": "sha256:same"} if seed < 3 else {"20000": f"sha256:{seed}"}
+        for condition in ("high_wd", "no_wd"):
+            write_run(tmp_path, condition, seed, checkpoints=weights, matched={"l0": 4.0})
+    beside = claim(
+        id="Y", arms={"treatment": "high_wd", "control": "no_wd"},
+        estimand={"summary": "final", "of": "paired_difference"},
+    )  # fmt: skip
+    results = by_id(judge([claim(), beside], arms_of(tmp_path)))
+    assert results["X"].inference is not None
+    compared = results["Y"].verdict
+    assert compared.word == "undecided"
+    assert "ended with equal weights at seeds 0, 1, 2" in compared.reason
+    assert "another arm's run" in compared.reason
+    # with only one of them matched, something is wrong
+    write_run(tmp_path, "no_wd", 0, checkpoints={"20000": "sha256:same"})
+    with pytest.raises(IdenticalArmsError, match="changed nothing"):
+        judge([], arms_of(tmp_path))
+
+
 # ---------------------------------------------------------------- the rule
 
 

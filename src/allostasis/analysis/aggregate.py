@@ -162,25 +162,49 @@ def one_a_condition(arms: Sequence[Arm]) -> list[Arm]:
 def check_distinct(treatment: Arm, control: Arm) -> None:
     """Refuse two conditions that are one.
 
+    Arms that each take a size from another arm's run may take the same one; they are told apart
+    where a claim compares them.
+
     Raises:
         IdenticalArmsError: Their task, model and module settings are equal, or a seed's final
             weights are.
     """
     parts = ("task", "model", "module")
     same = [treatment.config.get(part) == control.config.get(part) for part in parts]
-    pair = f"conditions '{treatment.condition}' and '{control.condition}' of {treatment.exp}"
     if all(same):
         raise IdenticalArmsError(
-            f"{pair} have equal settings; check `conditions:` in the experiment's YAML and that "
-            "task, model or module reads from it"
+            f"{_pair(treatment, control)} have equal settings; check `conditions:` in the "
+            "experiment's YAML and that task, model or module reads from it"
         )
-    finals = {run.seed: run.final_weights for run in control.runs}
-    for run in treatment.runs:
-        if run.final_weights is not None and run.final_weights == finals.get(run.seed):
-            raise IdenticalArmsError(
-                f"{pair} ended with equal weights at seed {run.seed} ({run.final_weights}); "
-                "the condition changed nothing"
-            )
+    if (text := equal_weights(treatment, control)) and not _both_matched(treatment, control):
+        raise IdenticalArmsError(f"{text}; the condition changed nothing")
+
+
+def equal_weights(left: Arm, right: Arm) -> str:
+    """At which seeds two arms ended with equal weights, in words; empty where at none."""
+    finals = {run.seed: run.final_weights for run in right.runs}
+    same = [
+        run
+        for run in left.runs
+        if run.final_weights is not None and run.final_weights == finals.get(run.seed)
+    ]
+    if not same:
+        return ""
+    where = f"seed {same[0].seed} ({same[0].final_weights})"
+    if len(same) > 1:
+        where = f"seeds {', '.join(str(run.seed) for run in same)}"
+    text = f"{_pair(left, right)} ended with equal weights at {where}"
+    if _both_matched(left, right):
+        text += "; both take a size from another arm's run, and it came to the same"
+    return text
+
+
+def _both_matched(left: Arm, right: Arm) -> bool:
+    return all(run.is_matched for arm in (left, right) for run in arm.runs)
+
+
+def _pair(left: Arm, right: Arm) -> str:
+    return f"conditions '{left.condition}' and '{right.condition}' of {left.exp}"
 
 
 def check_widths(claim: Claim, treatment: Arm, control: Arm) -> None:

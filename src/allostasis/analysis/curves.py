@@ -101,6 +101,11 @@ class RunView:
         return checkpoints[max(checkpoints, key=int)] if checkpoints else None
 
     @property
+    def is_matched(self) -> bool:
+        """Whether it took a size from another arm's run, as flat autoencoders take an L0."""
+        return bool(self.run.get("matched"))
+
+    @property
     def why_unfinished(self) -> str:
         """How a run that is not done ended, with its error or the instrument gates it failed."""
         error = self.run.get("error")

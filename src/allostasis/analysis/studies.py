@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import combinations, starmap
 from pathlib import Path
 from typing import Any, get_args
 
 from markupsafe import Markup
 
 from allostasis.analysis import canvas, checks, claim_files, outcomes
-from allostasis.analysis.aggregate import Arm, arms, one_a_condition
+from allostasis.analysis.aggregate import Arm, arms, equal_weights, one_a_condition
 from allostasis.analysis.canvas import Figure
 from allostasis.analysis.claims import Claim
 from allostasis.analysis.claims import across_models as models_in_general
@@ -99,7 +100,7 @@ class Study:
         figures: Drawn.
         tables: The experiment's, then the exploratory one.
         checks: Controls and nulls, power, instrument gates.
-        warnings: What is missing before anything can be decided.
+        warnings: What is missing before anything can be decided; arms that came out as one.
         provenance: Labels and texts.
         commands: What reproduces it.
         metrics: What each recorded metric is, by name.
@@ -224,7 +225,11 @@ def study(
         figures=drawn,
         tables=tables,
         checks=checks.tables(results, every, runs),
-        warnings=[*sorted({r.gate for r in runs if r.gate}), *checks.few_units(results)],
+        warnings=[
+            *sorted({r.gate for r in runs if r.gate}),
+            *filter(None, starmap(equal_weights, combinations(there, 2))),
+            *checks.few_units(results),
+        ],
         provenance=provenance(runs, extension.claims, extension.folder),
         commands=commands(runs),
         metrics=_metrics(runs),

@@ -15,6 +15,7 @@ from allostasis.analysis.aggregate import (
     Sample,
     check_distinct,
     check_widths,
+    equal_weights,
     one_a_condition,
     pair,
     shown,
@@ -270,6 +271,8 @@ def _measure(claim: Claim, arms: Sequence[Arm], digest: str, earlier: Sequence[i
                 same_device = [other for other in arms if other.device == arm.device]
                 other, also_unlike = shown(same_device, claim.arms.control, claim.settings)
                 check_widths(claim, arm, other)
+                if other is not arm and (text := equal_weights(arm, other)):
+                    raise UndefinedError(text)
                 unlike = unlike or also_unlike
                 used.append(other)
             treatments = _units(claim, arm, arms, other)
