@@ -162,7 +162,10 @@ def _scores(arms: Sequence[Arm]) -> Any:
     with canvas.style() as plt:
         names = _recorded(arms, SCORES)
         n_rows = -(-len(names) // 3)
-        drawn, axes = plt.subplots(n_rows, 3, figsize=(11, 2.2 * n_rows), squeeze=False)
+        height = max(2.2, 0.24 * len(arms) + 0.7)
+        drawn, axes = plt.subplots(
+            n_rows, 3, figsize=(11, height * n_rows), squeeze=False, sharey=True
+        )
         for axis, name in zip(axes.flat, names, strict=False):
             for place, arm in enumerate(arms):
                 values = _ends(arm, name)
@@ -179,9 +182,9 @@ def _scores(arms: Sequence[Arm]) -> Any:
                 bound = arms[0].runs[0].summary.get("explained_variance_pca")
                 if isinstance(bound, float):
                     axis.axvline(bound, color=canvas.INK, linestyle="--", linewidth=1)
-            axis.set_yticks(range(len(arms)), [arm.condition for arm in arms])
-            axis.invert_yaxis()
             axis.set_xlabel(canvas.wrapped(SCORES[name]))
+        axes[0, 0].set_yticks(range(len(arms)), [arm.condition for arm in arms])
+        axes[0, 0].set_ylim(len(arms) - 0.4, -0.6)
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
     return drawn
