@@ -96,12 +96,12 @@ class _Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.data: np.ndarray | None = None
+        self.data = np.empty(0)  # of the rows' own shape and type once there are some
         self.places, self.free = np.arange(0), np.arange(size)
 
     def add(self, rows: np.ndarray) -> None:
         """Hold more rows, after the others."""
-        if self.data is None:
+        if not len(self.data):
             self.data = np.empty((self.size, *rows.shape[1:]), dtype=rows.dtype)
         places, self.free = np.split(self.free, [len(rows)])
         self.data[places] = rows
