@@ -162,8 +162,9 @@ def one_a_condition(arms: Sequence[Arm]) -> list[Arm]:
 def check_distinct(treatment: Arm, control: Arm) -> None:
     """Refuse two conditions that are one.
 
-    Arms that each take a size from another arm's run may take the same one; they are told apart
-    where a claim compares them.
+    Arms that each take a size from another arm's run may take the same one, which is no fault,
+    although the specification has equal weights refused always: a claim that compares them is
+    undecided, and the report says that they are one.
 
     Raises:
         IdenticalArmsError: Their task, model and module settings are equal, or a seed's final

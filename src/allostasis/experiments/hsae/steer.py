@@ -239,9 +239,10 @@ class HSAESteer(L.LightningModule):
         targets, members = there.at(concept.targets), there.at(concept.members)
         is_member = torch.zeros(before.shape[1], dtype=torch.bool)
         is_member[members] = True
-        gains = there.gains(effect[None], alpha, targets)[:, 0]
-        answered = alpha * effect[self.answers].double() - there.growth(effect[None], alpha)[:, 0]
-        shift = effect[targets].mean()
+        shift = effect[targets].double().mean()
+        growth = there.growth(effect[None], alpha)[:, 0]
+        gains = alpha * shift - growth
+        answered = alpha * effect[self.answers].double() - growth
         found = {
             "gain": float(gains.mean()),
             "leakage": float(there.leakage(effect, alpha, members).mean()),
@@ -256,7 +257,7 @@ class HSAESteer(L.LightningModule):
             with suppress(UndefinedError):  # of two contexts there is no spread to speak of
                 found["hedges_g"] = one_sample_effect((gains - by_chance).numpy(), 0.0).g
         if len(concept.far):
-            found["far"] = float(effect[self.there.at(concept.far)].mean() / shift)
+            found["far"] = float(effect[there.at(concept.far)].mean() / shift)
         return found
 
     def _controls(self, concept: Concept) -> Tensor:
