@@ -135,6 +135,20 @@ def test_every_line_of_the_source_documents_has_an_answer(opened: Seen) -> None:
     assert all(known.search(answer) for answer in answers)
 
 
+def test_markdown_holds_every_claim_and_what_was_not_run_stands_last(written: Path) -> None:
+    text = (written / "REPORT.md").read_text()
+    run, sep, not_run = text.partition("\n## What no run here is about\n")
+    assert sep
+    heads = re.findall(r"^## (.+)$", run, flags=re.MULTILINE)
+    assert heads[0] == "Claims"
+    assert {head.partition(":")[0] for head in heads[2:]} == {"grokking", "ioi"}
+    assert not re.findall(r"^## ", not_run, flags=re.MULTILINE)
+    for exp, claims in registry.registered().items():
+        part = run if exp in ("grokking", "ioi") else not_run
+        for claim in claims:
+            assert text.count(f"\n| {claim.id} | ") == part.count(f"\n| {claim.id} | ") >= 1
+
+
 def test_claims_can_be_narrowed_to_a_verdict(opened: Seen) -> None:
     words = opened.page.locator("table.claims .verdict").all_inner_texts()
     counts = Counter(words)
