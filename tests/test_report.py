@@ -309,6 +309,19 @@ def test_every_picture_of_the_markdown_is_there(written: Path) -> None:
     assert all((written / picture).is_file() for picture in pictures)
 
 
+def test_a_recorded_studys_report_is_called_by_the_study_and_its_variant(
+    tmp_path: Path, write_run: Writer
+) -> None:
+    study = tmp_path / "2026-01-01_decay"
+    study.mkdir()
+    (study / "design.yaml").touch()
+    folders = {study / "wide/runs": "2026-01-01_decay/wide", tmp_path / "outputs": "outputs"}
+    for folder, title in folders.items():
+        write_run(folder, "high_wd", 0, every=1000)
+        assert report.main([str(folder)]) == 0
+        assert (folder / "report/REPORT.md").read_text().startswith(f"# Report on {title}\n")
+
+
 def test_an_unfinished_study_is_reported_as_such(tmp_path: Path, write_run: Writer) -> None:
     write_run(tmp_path, status="running", summary=None)
     assert report.main([str(tmp_path)]) == 0

@@ -125,11 +125,19 @@ def _report(folder: Path, records: Sequence[RunRecord], *, allow_mixed: bool) ->
     except (ClaimError, IdenticalArmsError) as error:
         raise UsageError(str(error)) from error
     about = ", ".join(dict.fromkeys(study.subject for study in made if study.subject))
-    title = f"Report on {folder.resolve().name}{f': {about}' if about else ''}"
+    title = f"Report on {_name(folder)}{f': {about}' if about else ''}"
     written = document.write(title, made, folder / "report")
     _print(made, [*written, *artefacts])
     if refused:
         raise UsageError(refused)
+
+
+def _name(folder: Path) -> str:
+    """What a folder of runs is called: a recorded study's by the study and its variant."""
+    path = folder.resolve()
+    path = path.parent if path.name == "runs" else path
+    study = next((p for p in (path, *path.parents) if (p / "design.yaml").is_file()), path)
+    return path.relative_to(study.parent).as_posix()
 
 
 def _print(studies: Sequence[Study], written: Sequence[Path]) -> None:
