@@ -87,3 +87,27 @@ def test_success_is_a_line_an_arm_and_level_of_concepts_that_reach_every_dose(
     none = [arm(tmp_path, "rotated", steering={0: steering(0.1, ("1", "100", "5"))})]
     with pytest.raises(UndefinedError, match="no direction reached every gain"):
         steer_figures.success(none)
+
+
+def test_a_direction_that_arms_have_in_common_is_drawn_once_and_an_autoencoder_is_ones_own() -> (
+    None
+):
+    """Two arms of one teacher, whose leakage differs in last digits; the third has its own."""
+    rows = [
+        {
+            "arm": arm, "seed": 0, "level": "parent", "source": source, "synset": 1, "draw": 0,
+            "asked": 1.0, "leakage": leakage,
+        }
+        for arm, source, leakage in (
+            ("one", "teacher", 0.1), ("two", "teacher", 0.1 + 1e-12), ("third", "teacher", 0.2),
+            ("one", "sae", 0.3), ("two", "sae", 0.3),
+        )
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    drawn = steer_figures.once(table)
+    assert list(zip(drawn["arm"], drawn["source"], strict=True)) == [
+        (steer_figures.SHARED, "teacher"), ("third", "teacher"), ("one", "sae"), ("two", "sae"),
+    ]  # fmt: skip
+    assert list(table["arm"]) == [row["arm"] for row in rows]  # the caller's is as it was
+    later = pd.concat([table, table.assign(seed=1)])
+    assert len(steer_figures.once(later)) == 8

@@ -30,6 +30,7 @@ SOURCES = {
 MARKS = "os^DvP*X<>"  # of arms: where colours are sources, or once all colours are taken
 MOST = 30  # features in the matrix
 SMALLEST = 1e-6  # nats that a logarithmic axis shows
+SHARED = "several arms"
 CLAIMED = 1.0  # nats of gain at which claims compare leakage
 
 
@@ -40,14 +41,15 @@ def figures(arms: Sequence[Arm]) -> list[Figure]:
             "leakage", "Leakage at equal gain",
             "KL(before || after) over tokens that are no members, at the dose at which held-out "
             "members gain the same; one point a concept of a run, bars are medians. A direction "
-            "that does not reach the gain is counted in the table, not drawn.",
+            "that several arms have in common is drawn once; one that does not reach the gain is "
+            "counted in the table, not drawn.",
             partial(leakage, arms),
         ),
         Figure(
             "success", "Success against leakage at equal gain",
             "Share of contexts whose likeliest token is a member of the concept, along the doses; "
-            "means over the directions that reach every dose. Where arms share a direction their "
-            "lines coincide, and the last arm's marks are seen.",
+            "means over the directions that reach every dose, which may be few (the table counts "
+            "them). Directions that several arms have in common are drawn once.",
             partial(success, arms),
         ),
         Figure(
@@ -107,25 +109,24 @@ def leakage(arms: Sequence[Arm]) -> Canvas:
     there = _reached(_steering(arms))
     reached = there["asked"].value_counts()
     asked = CLAIMED if CLAIMED in reached else reached.idxmax()
-    there = there[there["asked"] == asked]
-    names = list(dict.fromkeys(there["arm"]))
+    there = once(there[there["asked"] == asked])
+    looks = _looks(there)
     levels = [level for level in ("parent", "child") if (there["level"] == level).any()]
-    half = min(0.08, 0.3 / len(names))  # of a median's bar
+    half = min(0.08, 0.3 / len(looks))  # of a median's bar
     with style() as plt:
         figure, axes = plt.subplots(
             1, len(levels), figsize=(4.2 * len(levels) + 1, 3.6), squeeze=False, sharey=True
         )
         for axis, level in zip(axes[0], levels, strict=True):
-            for at, name in enumerate(names):
-                colour, marker = _look(at)
-                for place, source in enumerate(SOURCES):
-                    rows = there[(there["level"] == level) & (there["source"] == source)]
+            for place, source in enumerate(SOURCES):
+                rows = there[(there["level"] == level) & (there["source"] == source)]
+                names = [name for name in looks if (rows["arm"] == name).any()]
+                for at, name in enumerate(names):
+                    colour, marker = looks[name]
                     values = (
                         rows.loc[rows["arm"] == name, "leakage"].clip(lower=SMALLEST).to_numpy()
                     )
-                    if not len(values):
-                        continue
-                    x = place + (at - (len(names) - 1) / 2) * 0.7 / len(names)
+                    x = place + (at - (len(names) - 1) / 2) * 0.7 / len(looks)
                     axis.plot(
                         np.full(len(values), x), values, marker, ms=3, alpha=0.5, color=colour
                     )
@@ -134,23 +135,41 @@ def leakage(arms: Sequence[Arm]) -> Canvas:
             axis.set(yscale="log", title=f"{level} concepts, gain {asked:g} nat")
         axes[0, 0].set_ylabel("leakage, nat")
         handles = [
-            plt.Line2D([], [], ls="", marker=_look(at)[1], color=_look(at)[0], label=name)
-            for at, name in enumerate(names)
+            plt.Line2D([], [], ls="", marker=marker, color=colour, label=name)
+            for name, (colour, marker) in looks.items()
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(names)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
     return figure
 
 
-def _look(at: int) -> tuple[str, str]:
-    """Colour and marker of an arm."""
-    round_, place = divmod(at, len(ARM_COLOURS))
-    return ARM_COLOURS[place], MARKS[round_ % len(MARKS)]
+def once(table: pd.DataFrame) -> pd.DataFrame:
+    """Directions that several arms steer with, once, under the name of no arm.
+
+    An autoencoder is its arm's own. Chance, means and the vectors of one teacher are what they are
+    in every arm, and leak the same but for last digits.
+    """
+    one = ["seed", "level", "source", "synset", "draw", "asked", "same"]
+    rows = table.assign(same=table["leakage"].map("{:.4e}".format))
+    is_shared = (rows.groupby(one)["arm"].transform("nunique") > 1) & (rows["source"] != "sae")
+    rows["arm"] = rows["arm"].mask(is_shared, SHARED)
+    return rows[~(is_shared & rows.duplicated([*one, "arm"]))].drop(columns="same")
+
+
+def _looks(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each arm; last, in grey, of what several have in common."""
+    names = [name for name in dict.fromkeys(table["arm"]) if name != SHARED]
+    looks = {}
+    for at, name in enumerate(names):
+        round_, place = divmod(at, len(ARM_COLOURS))
+        looks[name] = (ARM_COLOURS[place], MARKS[round_ % len(MARKS)])
+    return looks | ({SHARED: (GREY, ".")} if len(names) < table["arm"].nunique() else {})
 
 
 def success(arms: Sequence[Arm]) -> Canvas:
     """One line a source and arm over doses, by level: of the directions that reach every dose."""
-    there = every_dose(_steering(arms))
-    names = list(dict.fromkeys(there["arm"]))
+    there = once(every_dose(_steering(arms)))
+    names = [name for name in _looks(there) if name != SHARED]
+    marks = {name: MARKS[at % len(MARKS)] for at, name in enumerate(names)} | {SHARED: "."}
     levels = [level for level in ("parent", "child") if (there["level"] == level).any()]
     with style() as plt:
         figure, axes = plt.subplots(
@@ -162,7 +181,7 @@ def success(arms: Sequence[Arm]) -> Canvas:
                 means = rows.groupby("asked")[["leakage", "success"]].mean()
                 axis.plot(
                     means["leakage"].clip(lower=SMALLEST), means["success"], "-",
-                    marker=MARKS[names.index(str(arm)) % len(MARKS)], ms=5,
+                    marker=marks[str(arm)], ms=5,
                     color=_source_colour(str(source)), label=f"{source} of {arm}",
                 )  # fmt: skip
             axis.set(xlabel="leakage, nat", xscale="log", title=f"{level} concepts")
@@ -174,8 +193,9 @@ def success(arms: Sequence[Arm]) -> Canvas:
             for source, label in SOURCES.items()
         ]
         handles += [
-            plt.Line2D([], [], ls="", marker=MARKS[at % len(MARKS)], color=INK, label=name)
-            for at, name in enumerate(names)
+            plt.Line2D([], [], ls="", marker=marker, color=INK, label=name)
+            for name, marker in marks.items()
+            if (there["arm"] == name).any()
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
