@@ -98,21 +98,22 @@ def _runs(folder: Path) -> str:
     path = folder / "design.yaml"
     if not path.is_file():
         return ""
-    design = yaml.safe_load(path.read_text(encoding="utf-8"))
-    done = sum(
-        json.loads(run.read_text(encoding="utf-8"))["status"] == "done"
-        for run in folder.rglob("runs/**/run.json")
+    parts = _parts(yaml.safe_load(path.read_text(encoding="utf-8")))
+    planned = sum(
+        len(part["seeds"]) * sum(len(settings(words)) for words in part["conditions"].values())
+        for part in parts
     )
-    return f"{done} of {_planned(design)} runs"
+    asked = {(part["exp"], condition) for part in parts for condition in part["conditions"]}
+    runs = [json.loads(run.read_text(encoding="utf-8")) for run in folder.rglob("runs/**/run.json")]
+    # runs that others read, such as those of a teacher, lie beside them
+    done = sum(run["status"] == "done" and (run["exp"], run["condition"]) in asked for run in runs)
+    return f"{done} of {planned} runs"
 
 
-def _planned(design: dict[str, Any]) -> int:
+def _parts(design: dict[str, Any]) -> list[dict[str, Any]]:
+    """The design of each variant."""
     variants = design.get("variants", {"": []})
-    of_each = [design | (v if isinstance(v, dict) else {}) for v in variants.values()]
-    return sum(
-        len(one["seeds"]) * sum(len(settings(words)) for words in one["conditions"].values())
-        for one in of_each
-    )
+    return [design | (v if isinstance(v, dict) else {}) for v in variants.values()]
 
 
 def _verdicts(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
